@@ -1,0 +1,1 @@
+"""Experiments and their parts, composed by Hydra (installed as `dyndet.conf`)."""

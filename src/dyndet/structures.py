@@ -1,0 +1,283 @@
+"""The values that flow through dyndet: samples, batches, detections, routing, losses.
+
+Shape legend: B images, C channels, H x W map, L levels, N boxes, K classes.
+Geometry: pixel edges are 0..W (no +1); boxes are xyxy in pixels; labels are contiguous 0..K-1.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int]
+"""Height, width in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """A class of the dataset: its original id (gaps allowed, comes back out unchanged) and its name."""
+
+    id: int
+    name: str
+
+
+@dataclass
+class Target:
+    """Ground truth of one image.
+
+    Attributes:
+        boxes: (N, 4) float32, xyxy in pixels of the image it belongs to.
+        labels: (N,) int64 in 0..K-1.
+        crowd: (N,) bool; crowd regions never train, and evaluation ignores matches with them.
+        masks: (N, H, W) bool, or None when the dataset has none or they were not asked for.
+        image_id: id in the original annotations.
+        original_size: (H, W) of the image on disk, before any transform.
+        path: the file it came from, "" when generated.
+        difficulty: 0 (easy) .. 1 (hard) where the dataset knows it.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+    masks: Tensor | None = None
+    image_id: int = 0
+    original_size: Size = (0, 0)
+    path: str = ""
+    difficulty: float | None = None
+
+    @classmethod
+    def of(cls, value: Target | dict[str, Tensor]) -> Target:
+        """Accepts a torchvision-style dict (`boxes`, `labels`, optional `crowd`, `masks`) as well as a Target."""
+        if isinstance(value, Target):
+            return value
+        labels = value["labels"]
+        crowd = value.get("crowd", torch.zeros_like(labels, dtype=torch.bool))
+        return cls(value["boxes"].float(), labels.long(), crowd.bool(), value.get("masks"))
+
+    def to(self, device: torch.device | str) -> Target:
+        masks = None if self.masks is None else self.masks.to(device)
+        return replace(
+            self, boxes=self.boxes.to(device), labels=self.labels.to(device), crowd=self.crowd.to(device), masks=masks
+        )
+
+    def without_crowd(self) -> Target:
+        """The same target with only the boxes that train."""
+        if not self.crowd.any():
+            return self
+        keep = ~self.crowd
+        masks = None if self.masks is None else self.masks[keep]
+        return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], crowd=self.crowd[keep], masks=masks)
+
+
+@dataclass
+class Sample:
+    """One image, uint8 (3, H, W) RGB, with its ground truth. Every dataset yields this."""
+
+    image: Tensor
+    target: Target
+
+
+@dataclass
+class ImageBatch:
+    """Images padded at the bottom and right to one size.
+
+    Attributes:
+        pixels: (B, 3, H, W) RGB; uint8 0..255 or float 0..1 (the torchvision convention).
+        sizes: (B, 2) int64, the valid H, W of each image inside `pixels`.
+        original_sizes: (B, 2) int64, H, W on disk: detections are returned in these pixels.
+    """
+
+    pixels: Tensor
+    sizes: Tensor
+    original_sizes: Tensor
+
+    @classmethod
+    def of(cls, images: ImageBatch | Tensor | Sequence[Tensor], divisor: int = 1) -> ImageBatch:
+        """From a (B, 3, H, W) tensor, or from (3, H, W) tensors that are padded to a multiple of `divisor`.
+
+        Raises:
+            ValueError: if the tensors are not three-channel images.
+        """
+        if isinstance(images, ImageBatch):
+            return images
+        if isinstance(images, Tensor):
+            if images.ndim != 4 or images.shape[1] != 3:
+                raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+            sizes = torch.tensor([images.shape[-2:]] * len(images), dtype=torch.int64, device=images.device)
+            return cls(images, sizes, sizes)
+        for image in images:
+            if image.ndim != 3 or image.shape[0] != 3:
+                raise ValueError(f"each image must be (3, H, W), got {tuple(image.shape)}")
+        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64, device=images[0].device)
+        height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(0))
+        pixels = images[0].new_zeros(len(images), 3, height, width)
+        for slot, image in zip(pixels, images, strict=True):
+            slot[:, : image.shape[1], : image.shape[2]] = image
+        return cls(pixels, sizes, sizes)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        return ImageBatch(self.pixels.to(device), self.sizes.to(device), self.original_sizes.to(device))
+
+
+@dataclass
+class Batch:
+    """What a data loader yields: padded images and one target per image (boxes in `images.pixels` pixels)."""
+
+    images: ImageBatch
+    targets: list[Target]
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.images.to(device), [target.to(device) for target in self.targets])
+
+
+@dataclass
+class Detections:
+    """What was found in one image, in pixels of the original image, by descending score.
+
+    Attributes:
+        boxes: (N, 4) xyxy.
+        scores: (N,) in 0..1.
+        labels: (N,) int64 in 0..K-1.
+        masks: (N, H, W) bool or None.
+        macs: multiply-adds spent on this image, where they were metered.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+    macs: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def to(self, device: torch.device | str) -> Detections:
+        masks = None if self.masks is None else self.masks.to(device)
+        return replace(
+            self, boxes=self.boxes.to(device), scores=self.scores.to(device), labels=self.labels.to(device), masks=masks
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ConvCost:
+    """One layer of a gated path.
+
+    Attributes:
+        macs: multiply-adds per executed position.
+        reach: radius of the receptive field from this layer's output to the path's output; the layer runs wherever an
+            open gate lies within that many pixels (the set Omega of Eq. 4, Song et al. 2020).
+    """
+
+    macs: float
+    reach: int = 0
+
+
+@dataclass(frozen=True)
+class PathGate:
+    """What one gate decided at one level: the unit of routing.
+
+    Attributes:
+        node: which node of which branch, e.g. "cls.0".
+        path: "up", "depth" or "down".
+        level: index into the pyramid, finest first.
+        gate: (B, 1, H, W) in [0, 1); 0 means not executed.
+        valid: (B, 1, H, W) bool, False on padding; None when every position counts.
+        costs: the layers of the path.
+    """
+
+    node: str
+    path: str
+    level: int
+    gate: Tensor
+    costs: tuple[ConvCost, ...]
+    valid: Tensor | None = None
+
+    def mask(self, reach: int = 0) -> Tensor:
+        """(B, 1, H, W) bool: the positions at which a layer of this reach runs."""
+        return _dilate(self.gate, reach, self.valid) > 0
+
+    def density(self) -> Tensor:
+        """(B,) share of valid positions whose gate is open."""
+        total = self.gate[0].numel() if self.valid is None else self.valid.sum((1, 2, 3)).clamp(min=1)
+        return (self.gate > 0).sum((1, 2, 3)) / total
+
+
+def _dilate(gate: Tensor, reach: int, valid: Tensor | None) -> Tensor:
+    if reach == 0:
+        return gate
+    pooled = F.max_pool2d(gate, 2 * reach + 1, stride=1, padding=reach)
+    return pooled if valid is None else pooled * valid
+
+
+@dataclass
+class Routing:
+    """Everything a dynamic head decided on a batch. Budgets, reports, pictures and sparse execution read this value.
+
+    All costs are multiply-adds per image, shape (B,): `soft` weighs positions by their gate (differentiable), `used`
+    counts executed positions, `full` is what the same head costs with every gate open.
+    """
+
+    gates: list[PathGate] = field(default_factory=list)
+
+    def soft(self, detach: Sequence[str] = ()) -> Tensor:
+        """Soft cost; gates of the paths named in `detach` add to the value but get no gradient."""
+        return self._sum(lambda gate: gate, detach)
+
+    def used(self) -> Tensor:
+        with torch.no_grad():
+            return self._sum(lambda gate: (gate > 0).to(gate.dtype), ())
+
+    def full(self) -> Tensor:
+        with torch.no_grad():
+            return self._sum(torch.ones_like, ())
+
+    def used_ratio(self) -> Tensor:
+        """(B,) share of the full cost that was executed."""
+        return self.used() / self.full()
+
+    def _sum(self, weigh: object, detach: Sequence[str]) -> Tensor:
+        # Gates of equal geometry are stacked along channels: a few pooled sums instead of one per gate.
+        groups: dict[tuple[str, int, tuple[ConvCost, ...]], list[PathGate]] = defaultdict(list)
+        for item in self.gates:
+            groups[item.path, item.level, item.costs].append(item)
+        total: Tensor | None = None
+        for (path, _, costs), items in groups.items():
+            gate = torch.cat([item.gate for item in items], 1).float()
+            weight = weigh(gate.detach() if path in detach else gate)  # type: ignore[operator]
+            if items[0].valid is not None:
+                weight = weight * items[0].valid
+            for cost in costs:
+                part = _dilate(weight, cost.reach, items[0].valid).sum((1, 2, 3), dtype=torch.float64) * cost.macs
+                total = part if total is None else total + part
+        if total is None:
+            raise ValueError("this routing has no gates, so it has no cost")
+        return total
+
+
+@dataclass
+class HeadOutput:
+    """Features of a head, finest level first: for classification, for regression, and what was routed on the way."""
+
+    cls: list[Tensor]
+    reg: list[Tensor]
+    routing: Routing | None = None
+
+
+@dataclass
+class Losses:
+    """Named scalar losses of a batch, ready to be summed (weights applied), and the routing behind them."""
+
+    terms: dict[str, Tensor]
+    routing: Routing | None = None
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack(list(self.terms.values())).sum()
