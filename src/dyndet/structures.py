@@ -7,7 +7,7 @@ Geometry: pixel edges are 0..W (no +1); boxes are xyxy in pixels; labels are con
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -90,6 +90,8 @@ class ImageBatch:
         pixels: (B, 3, H, W) RGB; uint8 0..255 or float 0..1 (the torchvision convention).
         sizes: (B, 2) int64, the valid H, W of each image inside `pixels`.
         original_sizes: (B, 2) int64, H, W on disk: detections are returned in these pixels.
+
+    The sizes stay on the CPU: they steer Python code, and reading them from a GPU would wait for it.
     """
 
     pixels: Tensor
@@ -108,12 +110,12 @@ class ImageBatch:
         if isinstance(images, Tensor):
             if images.ndim != 4 or images.shape[1] != 3:
                 raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-            sizes = torch.tensor([images.shape[-2:]] * len(images), dtype=torch.int64, device=images.device)
+            sizes = torch.tensor([images.shape[-2:]] * len(images), dtype=torch.int64)
             return cls(images, sizes, sizes)
         for image in images:
             if image.ndim != 3 or image.shape[0] != 3:
                 raise ValueError(f"each image must be (3, H, W), got {tuple(image.shape)}")
-        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64, device=images[0].device)
+        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64)
         height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(0))
         pixels = images[0].new_zeros(len(images), 3, height, width)
         for slot, image in zip(pixels, images, strict=True):
@@ -124,7 +126,7 @@ class ImageBatch:
         return len(self.pixels)
 
     def to(self, device: torch.device | str) -> ImageBatch:
-        return ImageBatch(self.pixels.to(device), self.sizes.to(device), self.original_sizes.to(device))
+        return ImageBatch(self.pixels.to(device, non_blocking=True), self.sizes, self.original_sizes)
 
 
 @dataclass
@@ -189,8 +191,9 @@ class PathGate:
         path: "up", "depth" or "down".
         level: index into the pyramid, finest first.
         gate: (B, 1, H, W) in [0, 1); 0 means not executed.
-        valid: (B, 1, H, W) bool, False on padding; None when every position counts.
         costs: the layers of the path.
+        router_macs: multiply-adds per position of taking the decision itself; spent whatever is decided.
+        valid: (B, 1, H, W) bool, False on padding; None when every position counts.
     """
 
     node: str
@@ -198,16 +201,22 @@ class PathGate:
     level: int
     gate: Tensor
     costs: tuple[ConvCost, ...]
+    router_macs: float = 0.0
     valid: Tensor | None = None
 
     def mask(self, reach: int = 0) -> Tensor:
         """(B, 1, H, W) bool: the positions at which a layer of this reach runs."""
         return _dilate(self.gate, reach, self.valid) > 0
 
+    def positions(self) -> Tensor:
+        """(B,) number of positions that count."""
+        if self.valid is None:
+            return torch.full((len(self.gate),), self.gate[0].numel(), device=self.gate.device)
+        return self.valid.sum((1, 2, 3))
+
     def density(self) -> Tensor:
         """(B,) share of valid positions whose gate is open."""
-        total = self.gate[0].numel() if self.valid is None else self.valid.sum((1, 2, 3)).clamp(min=1)
-        return (self.gate > 0).sum((1, 2, 3)) / total
+        return (self.gate > 0).sum((1, 2, 3)) / self.positions().clamp(min=1)
 
 
 def _dilate(gate: Tensor, reach: int, valid: Tensor | None) -> Tensor:
@@ -222,7 +231,8 @@ class Routing:
     """Everything a dynamic head decided on a batch. Budgets, reports, pictures and sparse execution read this value.
 
     All costs are multiply-adds per image, shape (B,): `soft` weighs positions by their gate (differentiable), `used`
-    counts executed positions, `full` is what the same head costs with every gate open.
+    counts executed positions, `full` is what the same head costs with every gate open, `overhead` is what the routers
+    themselves cost (in none of the other three, as in the papers).
     """
 
     gates: list[PathGate] = field(default_factory=list)
@@ -239,11 +249,14 @@ class Routing:
         with torch.no_grad():
             return self._sum(torch.ones_like, ())
 
+    def overhead(self) -> Tensor:
+        return torch.stack([item.positions().double() * item.router_macs for item in self.gates]).sum(0)
+
     def used_ratio(self) -> Tensor:
         """(B,) share of the full cost that was executed."""
         return self.used() / self.full()
 
-    def _sum(self, weigh: object, detach: Sequence[str]) -> Tensor:
+    def _sum(self, weigh: Callable[[Tensor], Tensor], detach: Sequence[str]) -> Tensor:
         # Gates of equal geometry are stacked along channels: a few pooled sums instead of one per gate.
         groups: dict[tuple[str, int, tuple[ConvCost, ...]], list[PathGate]] = defaultdict(list)
         for item in self.gates:
@@ -251,7 +264,7 @@ class Routing:
         total: Tensor | None = None
         for (path, _, costs), items in groups.items():
             gate = torch.cat([item.gate for item in items], 1).float()
-            weight = weigh(gate.detach() if path in detach else gate)  # type: ignore[operator]
+            weight = weigh(gate.detach() if path in detach else gate)
             if items[0].valid is not None:
                 weight = weight * items[0].valid
             for cost in costs:

@@ -1,0 +1,50 @@
+"""The Python entrance: experiments and checkpoints as detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dyndet.checkpoint import read_checkpoint
+from dyndet.config import build, compose_experiment
+from dyndet.errors import UserError
+from dyndet.models.detectors.dense import DenseDetector
+
+
+def build_detector(experiment: str | None = None, overrides: Sequence[str] = ()) -> DenseDetector:
+    """The detector of an experiment, with random weights unless a local file is named. Never downloads.
+
+    Args:
+        experiment: a name under `conf/experiment`, for instance "fcos_d8_dyn"; None takes the defaults.
+        overrides: Hydra overrides, for instance ["head.depth=4", "neck.extra_source=P5"].
+
+    Raises:
+        UserError: on an unknown experiment or key, or values that do not fit.
+    """
+    config = compose_experiment(experiment, overrides)
+    if config.backbone.weights == "timm":
+        config.backbone.weights = "none"
+    return build(config.detector).eval()
+
+
+def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> DenseDetector:
+    """A trained detector, in eval mode.
+
+    Args:
+        checkpoint: written by `dyndet.train`.
+        impl: execution of the masked convolutions ("auto", "dense", "gather"); None keeps the experiment's.
+
+    Raises:
+        UserError: if the file is not a checkpoint of ours, or has no masked convolutions to run by `impl`.
+    """
+    saved = read_checkpoint(checkpoint)
+    config: Any = saved.config
+    config.backbone.weights = "none"
+    if impl is not None:
+        if "impl" not in config.head:
+            raise UserError(f"impl={impl}: the head of {checkpoint} has no masked convolutions")
+        config.head.impl = impl
+    detector = build(config.detector)
+    detector.load_state_dict(saved.weights)
+    return detector.eval()

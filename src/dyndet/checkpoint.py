@@ -1,0 +1,75 @@
+"""Reading checkpoints: as a detector to use, or as a run to go on with. Nothing in a file is ever executed."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dyndet.command import latest_run
+from dyndet.errors import UserError
+from dyndet.structures import Category
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint of `dyndet.train` holds for use after training.
+
+    Attributes:
+        config: the experiment that was trained.
+        categories: label k is `categories[k]`.
+        weights: of the detector (the averaged ones where training kept an average).
+    """
+
+    config: DictConfig
+    categories: list[Category]
+    weights: dict[str, Tensor]
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        UserError: if the file is missing, damaged, not ours, or holds anything but plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path.resolve()}: set ckpt to a file such as RUN/checkpoints/last.ckpt")
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or "dyndet" not in content or "state_dict" not in content:
+        raise UserError(f"{path} was not written by dyndet.train")
+    extra = content["dyndet"]
+    prefix = "detector."
+    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    return Checkpoint(
+        OmegaConf.create(extra["config"]), [Category(item["id"], item["name"]) for item in extra["categories"]], weights
+    )
+
+
+def resume_path(config: DictConfig) -> str | None:
+    """The checkpoint that `ckpt_path` means: a file, "last" (the newest run of this experiment), or none.
+
+    Raises:
+        UserError: if there is nothing to resume from.
+    """
+    wanted = config.ckpt_path
+    if wanted is None:
+        return None
+    if wanted == "last":
+        run = latest_run(config.name)
+        if run is None:
+            raise UserError(
+                f"ckpt_path=last: no run of {config.name!r} has a checkpoint under {Path('outputs').resolve()}"
+            )
+        return str(run / "checkpoints" / "last.ckpt")
+    if not Path(wanted).is_file():
+        raise UserError(f"ckpt_path={wanted}: no such file; give a checkpoint or 'last'")
+    return str(wanted)

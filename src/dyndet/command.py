@@ -1,0 +1,59 @@
+"""The skeleton of every command: compose, run, and report mistakes in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dyndet.config import explain
+from dyndet.errors import UserError
+
+
+def latest_run(name: str, root: str = "outputs") -> Path | None:
+    """Folder of the newest run of an experiment that has a last checkpoint."""
+    found = sorted(Path(root).glob(f"{name}/*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    return found[-1].parent.parent if found else None
+
+
+def _run_folder(name: str, now: str, ckpt_path: str | None) -> str:
+    """A resumed run goes on in its own folder; any other gets a new one."""
+    if ckpt_path == "last":
+        return str(latest_run(name) or Path("outputs", name, now))
+    if ckpt_path and Path(ckpt_path).parent.name == "checkpoints":
+        return str(Path(ckpt_path).parent.parent)
+    return str(Path("outputs", name, now))
+
+
+def run(task: Callable[[DictConfig], object], config_name: str) -> None:
+    """Runs a task on the configuration that the command line describes; exits with 2 on a user's mistake.
+
+    Set HYDRA_FULL_ERROR=1 to see the whole traceback of such a mistake.
+    """
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions through to the handler below
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    main = hydra.main(version_base="1.3", config_path=f"pkg://{'dyndet.conf'}", config_name=config_name)(task)
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error), verbose)
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(explain(error, sys.argv[1:]), verbose)
+
+
+def _fail(message: str, verbose: bool) -> None:
+    if verbose:
+        raise  # noqa: PLE0704 - re-raises the exception being handled
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,109 @@
+"""Composing experiments, and turning their mistakes into one readable line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dyndet.errors import UserError
+
+CONFIG_MODULE = "dyndet.conf"
+
+
+def compose_experiment(experiment: str | None = None, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of an experiment, as `python -m dyndet.train +experiment=... overrides...` would see it.
+
+    Args:
+        experiment: a name under `conf/experiment`; None gives the defaults.
+        overrides: Hydra overrides, for instance ["head.depth=4", "budget.weight=0.4"].
+
+    Raises:
+        UserError: on an unknown experiment or key.
+    """
+    arguments = [*([] if experiment is None else [f"+experiment={experiment}"]), *overrides]
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            return compose("train", overrides=arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, arguments)) from error
+    finally:
+        GlobalHydra.instance().clear()
+        if running is not None:
+            GlobalHydra.instance().initialize(running)
+
+
+def build(config: Any) -> Any:
+    """Hydra's `instantiate`, with a user's mistake coming out as such instead of wrapped in a target error.
+
+    Raises:
+        UserError: naming the key whose arguments do not fit.
+    """
+    try:
+        return instantiate(config)
+    except HydraException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, ValueError | TypeError | FileNotFoundError | ImportError):
+            where = re.search(r"full_key: (\S+)", str(error))
+            raise UserError(f"{where.group(1) if where else 'config'}: {cause}") from error
+        raise
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, [])) from error
+
+
+def explain(error: Exception, arguments: Sequence[str]) -> str:
+    """One line: what in the command line or configuration is wrong, and what was probably meant."""
+    text = str(error)
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'|In '[^']*': Could not find '([^']+)/([^'/]+)'", text)
+    if isinstance(error, MissingConfigException) and missing:
+        group, name = (missing.group(1) or missing.group(3)), (missing.group(2) or missing.group(4))
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE) or _options(group)
+        return f"there is no {group} {name!r}.{_nearest(name, options)} Available: {', '.join(sorted(options))}"
+    wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if isinstance(error, ConfigCompositionException) and wrong:
+        key = wrong.group(1)
+        return f"there is no key {key!r} to set.{_nearest(key, _keys(arguments, key))} (--cfg job prints all keys)"
+    return " ".join(text.split())
+
+
+def _nearest(word: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _options(group: str) -> list[str]:
+    from importlib.resources import files
+
+    folder = files(CONFIG_MODULE).joinpath(group)
+    return [item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")]
+
+
+def _keys(arguments: Sequence[str], wrong: str) -> list[str]:
+    """All keys of the configuration without the wrong override."""
+    usable = [item for item in arguments if "=" in item and item.split("=")[0].lstrip("+~") != wrong]
+    try:
+        config = compose_experiment(None, usable)
+    except UserError:
+        config = compose_experiment()
+    return _flat(OmegaConf.to_container(config, resolve=False), "")
+
+
+def _flat(node: Any, prefix: str) -> list[str]:
+    if not isinstance(node, dict):
+        return [prefix]
+    keys = [prefix] if prefix else []
+    for key, value in node.items():
+        keys += _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return keys

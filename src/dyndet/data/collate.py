@@ -1,0 +1,36 @@
+"""From samples to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dyndet.errors import DataError, UserError
+from dyndet.structures import Batch, ImageBatch, Sample
+
+
+class Collate:
+    """Pads uint8 images with zeros at the bottom and right to one size, a multiple of `divisor`.
+
+    Masks keep the size of their image: padding holds no objects.
+
+    Args:
+        divisor: the largest stride of the detector, in pixels.
+    """
+
+    def __init__(self, divisor: int = 32) -> None:
+        if divisor < 1:
+            raise UserError(f"divisor must be at least 1, not {divisor}")
+        self.divisor = divisor
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        images = ImageBatch.of([sample.image for sample in samples], self.divisor)
+        for target in (sample.target for sample in samples):
+            if min(target.original_size) < 1:
+                raise DataError(
+                    f"image {target.image_id} {target.path}: original_size is {target.original_size}; "
+                    "the dataset must set it to the (H, W) on disk, because detections are returned in these pixels"
+                )
+        images.original_sizes = torch.tensor([sample.target.original_size for sample in samples], dtype=torch.int64)
+        return Batch(images, [sample.target for sample in samples])

@@ -1,0 +1,257 @@
+"""Loaders for training and evaluation that shard by rank and continue exactly where a checkpoint was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from dyndet.data.collate import Collate
+from dyndet.data.dataset import DetectionDataset
+from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, keyed_generator
+from dyndet.data.transforms import Compose, Transform
+from dyndet.errors import DataError, UserError
+from dyndet.structures import Batch, Category, Sample
+
+Source = DetectionDataset | Callable[[], DetectionDataset]
+Transforms = Transform | Sequence[Transform] | None
+
+
+class DetectionDataModule(LightningDataModule):
+    """A training and a validation set behind loaders of `Batch`.
+
+    The trainer must be built with `use_distributed_sampler=False`: the samplers here shard by rank. A checkpoint
+    written anywhere in an epoch holds the epoch and the batches consumed, and resuming goes on with the next batch;
+    data order and augmentation depend on `seed`, the epoch and the index, not on `num_workers`.
+
+    Args:
+        train: the training set, or a callable that builds it when it is needed.
+        val: the validation set, which is also the test and prediction set, or a callable.
+        num_classes: number of classes the model is built for; checked against the data.
+        batch_size: training images per process.
+        train_transform: one transform or several in order.
+        val_transform: the same for evaluation.
+        val_batch_size: evaluation images per process; `batch_size` when None.
+        num_workers: loader processes; 0 loads in the main process.
+        divisor: batches are padded to a multiple of this many pixels.
+        group_by_aspect: training batches hold only landscape or only portrait images, as far as possible.
+        drop_last: leaves out a last training batch that is not full.
+        seed: seed of order and augmentation.
+        pin_memory: page-locked batches; when CUDA is there if None.
+        max_train: use only so many training images, spread evenly over the set.
+        max_val: the same for validation.
+    """
+
+    # With more processes than evaluation images, some processes have none.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        *,
+        train: Source,
+        val: Source,
+        num_classes: int,
+        batch_size: int,
+        train_transform: Transforms = None,
+        val_transform: Transforms = None,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        divisor: int = 32,
+        group_by_aspect: bool = False,
+        drop_last: bool = True,
+        seed: int = 0,
+        pin_memory: bool | None = None,
+        max_train: int | None = None,
+        max_val: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.train_transform = _composed(train_transform)
+        self.val_transform = _composed(val_transform)
+        self.num_workers = num_workers
+        self.collate = Collate(divisor)
+        self.group_by_aspect = group_by_aspect
+        self.drop_last = drop_last
+        self.seed = seed
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.max_train = max_train
+        self.max_val = max_val
+        self._sources = {"train": train, "val": val}
+        self._splits: dict[str, DetectionDataset] = {}
+        self._sampler: KeyedSampler | None = None
+        self._start: tuple[int, int] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Builds the splits that `stage` needs, once.
+
+        Raises:
+            DataError: if a split is empty.
+            UserError: if the categories do not fit `num_classes` or differ between the splits.
+        """
+        if stage in ("fit", None):
+            self._build("train", self.max_train)
+        self._build("val", self.max_val)
+
+    @property
+    def train(self) -> DetectionDataset:
+        return self._split("train")
+
+    @property
+    def val(self) -> DetectionDataset:
+        return self._split("val")
+
+    @property
+    def categories(self) -> list[Category]:
+        """Category k belongs to label k. Needs `setup`."""
+        return self.val.categories
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        rank, world_size = _rank_and_world_size()
+        # Overfitting a few batches means the same ones in every epoch.
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
+        self._sampler = KeyedSampler(
+            len(self.train), shuffle=not overfit, even=True, seed=self.seed, rank=rank, world_size=world_size
+        )
+        groups = [int(height > width) for height, width in self.train.sizes] if self.group_by_aspect else None
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        start, self._start = self._start or (epoch, 0), None
+        batches = KeyedBatchSampler(self._sampler, self.batch_size, self.drop_last, groups, start)
+        if not len(batches):
+            raise UserError(
+                f"the training split gives {len(self._sampler)} images per process, too few for one batch of "
+                f"{self.batch_size}: lower data.batch_size or set data.drop_last=false"
+            )
+        return self._loader(KeyedDataset(self.train, self.train_transform, self.seed), batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        rank, world_size = _rank_and_world_size()
+        sampler = KeyedSampler(len(self.val), shuffle=False, even=False, rank=rank, world_size=world_size)
+        dataset = KeyedDataset(self.val, self.val_transform, self.seed)
+        return self._loader(dataset, sampler=sampler, batch_size=self.val_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, Batch):
+            return batch.to(device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands, in plain numbers: the next batch is number `batches` of `epoch`."""
+        if self.trainer is None or self._sampler is None:
+            return {}
+        epoch = self._sampler.epoch
+        # `processed`, because `completed` lags by one inside on_train_batch_end.
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]["processed"]
+        if self.trainer.current_epoch > epoch:  # the trainer has closed the epoch, perhaps early
+            epoch, batches = self.trainer.current_epoch, 0
+        elif batches >= self.trainer.num_training_batches:
+            epoch, batches = epoch + 1, 0
+        return {"epoch": epoch, "batches": batches, "order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Makes the next training loader start where the checkpoint was written."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._start = (state_dict["epoch"], state_dict["batches"])
+        then, now = state_dict["order"], self._order()
+        changed = [f"{name} was {then.get(name)} and is {now[name]}" for name in now if then.get(name) != now[name]]
+        if changed:
+            rank_zero_warn(f"resuming is not exact, because the data order has changed: {', '.join(changed)}")
+
+    def _order(self) -> dict[str, int | bool]:
+        """Everything that the order of training batches depends on."""
+        return {
+            "images": len(self.train),
+            "batch_size": self.batch_size,
+            "world_size": _rank_and_world_size()[1],
+            "group_by_aspect": self.group_by_aspect,
+            "seed": self.seed,
+        }
+
+    def _build(self, name: str, limit: int | None) -> None:
+        if name in self._splits:
+            return
+        source = self._sources[name]
+        split = source() if callable(source) else source
+        if limit is not None and limit < len(split):
+            split = Subset(split, [i * len(split) // limit for i in range(limit)])
+        if not len(split):
+            raise DataError(f"the {name} split has no images: check data.{name} and data.max_{name}")
+        if len(split.categories) != self.num_classes:
+            count = len(split.categories)
+            raise UserError(
+                f"the data has {count} categories but num_classes is {self.num_classes}: set data.num_classes={count}"
+            )
+        for other, built in self._splits.items():
+            if built.categories != split.categories:
+                raise UserError(
+                    f"the {other} and {name} splits must list the same categories in the same order, but have "
+                    f"{_listed(built.categories)} and {_listed(split.categories)}"
+                )
+        self._splits[name] = split
+
+    def _split(self, name: str) -> DetectionDataset:
+        if name not in self._splits:
+            raise RuntimeError(f"the {name} split is not built yet: call setup() first")
+        return self._splits[name]
+
+    def _loader(self, dataset: KeyedDataset, **kwargs: Any) -> DataLoader[Sample]:
+        return DataLoader(
+            dataset,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+            # Its own generator: a loader that draws worker seeds from the global one shifts every later dropout mask.
+            generator=keyed_generator(self.seed),
+            **kwargs,
+        )
+
+
+class Subset:
+    """Some images of a dataset.
+
+    Args:
+        dataset: the whole.
+        indices: which images, in this order.
+    """
+
+    def __init__(self, dataset: DetectionDataset, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = list(indices)
+        self.categories = dataset.categories
+        self.sizes = [dataset.sizes[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[self.indices[index]]
+
+
+def _composed(transforms: Transforms) -> Transform | None:
+    return Compose(transforms) if isinstance(transforms, Sequence) else transforms
+
+
+def _listed(categories: Sequence[Category]) -> str:
+    shown = ", ".join(f"{category.id} {category.name}" for category in categories[:5])
+    return f"[{shown}{', ...' if len(categories) > 5 else ''}]"
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

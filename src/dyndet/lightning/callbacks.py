@@ -1,0 +1,67 @@
+"""What happens around training: exact random state on resume, a result file, the progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class ResumeRandomState(Callback):
+    """Stores torch's random state in checkpoints and restores it at the first training batch after a resume.
+
+    Restoring any earlier would not hold: building data iterators draws from the same generator.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pending = state_dict
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._pending is None:
+            return
+        torch.set_rng_state(self._pending["cpu"].cpu())
+        if "cuda" in self._pending and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self._pending["cuda"].cpu())
+        self._pending = None
+
+
+class ResultFile(Callback):
+    """Writes the latest validation numbers to `result.json` in the run's folder, for reports."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / "result.json"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        numbers = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        result = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        result |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Progress(RichProgressBar):
+    """Rich progress bar with the last AP and the share of the head that ran."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        for name, key in (("AP", "val/AP"), ("head", "macs/head_ratio")):
+            if key in trainer.callback_metrics:
+                items[name] = float(trainer.callback_metrics[key])
+        return items

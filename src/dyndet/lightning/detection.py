@@ -1,0 +1,95 @@
+"""The Lightning side of a detector: steps, metrics, optimizer. No modelling here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler, STEP_OUTPUT
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dyndet.metrics.coco import CocoMetric
+from dyndet.metrics.compute import ComputeMeter, ComputeReport
+from dyndet.metrics.static import StaticCosts
+from dyndet.structures import Batch, Category
+
+
+class DetectionModule(LightningModule):
+    """Trains and validates any detector with `losses` and `detect_with_routing`.
+
+    Validation logs `val/AP`, `val/AP50`, ... and the executed multiply-adds (`macs/...`, `gates/...`).
+
+    Args:
+        detector: the model.
+        categories: of the data, stored in every checkpoint so that original class ids come back out.
+        optimizer: called with the detector.
+        schedule: called with the optimizer and `total_steps`; None keeps the rate constant.
+        config: the composed experiment as plain containers, stored in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        *,
+        categories: Sequence[Category],
+        optimizer: Callable[..., Optimizer] | None = None,
+        schedule: Callable[..., LRScheduler] | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.detector = detector
+        self.categories = list(categories)
+        self.build_optimizer = optimizer
+        self.build_schedule = schedule
+        self.config = config
+        self.ap = CocoMetric(self.categories)
+        self.compute = ComputeMeter(strides=detector.strides)  # type: ignore[arg-type]
+        self.static = StaticCosts(detector)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        losses = self.detector.losses(batch.images, batch.targets)  # type: ignore[operator]
+        size = len(batch.targets)
+        self.log("train/loss", losses.total.detach(), prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.terms.items()}, batch_size=size)
+        if losses.routing is not None:
+            ratio = losses.routing.used_ratio().mean().float()
+            self.log("train/head_ratio", ratio, prog_bar=True, batch_size=size)
+        return losses.total
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        detections, routing = self.detector.detect_with_routing(batch.images)  # type: ignore[operator]
+        self.ap.update(detections, batch.targets, batch.images.sizes)
+        sizes = batch.images.sizes.tolist()
+        self.compute.update(routing, [self.static(size, routed=routing is not None) for size in sizes])
+
+    def on_validation_epoch_start(self) -> None:
+        self.ap.reset()
+        self.compute.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        scores = self.ap.compute()
+        report = self.compute.compute()
+        self.report: ComputeReport = report
+        self.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=False)
+        self.log_dict(report.as_scalars(), sync_dist=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        categories = [{"id": category.id, "name": category.name} for category in self.categories]
+        checkpoint["dyndet"] = {"config": self.config, "categories": categories}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        if self.build_optimizer is None:
+            raise ValueError("this module was built without an optimizer: it can only validate")
+        optimizer = self.build_optimizer(self.detector)
+        if self.build_schedule is None:
+            return optimizer
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.build_schedule(optimizer, total_steps=total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)

@@ -1,0 +1,225 @@
+"""How much was computed: executed multiply-adds per image, and which gates did the deciding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dyndet.structures import PathGate, Routing
+
+GateKey = tuple[str, str, int]
+"""Node, path and level of a gate."""
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean, smallest and largest value over the images; nan when there were none."""
+
+    mean: float = math.nan
+    min: float = math.nan
+    max: float = math.nan
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(math.fsum(values) / len(values), min(values), max(values)) if values else cls()
+
+
+@dataclass(frozen=True)
+class ComputeReport:
+    """Compute over a set of images, in multiply-adds per image.
+
+    Attributes:
+        images: number of images.
+        head: executed by the head, routers not counted (as in the papers).
+        full: what the head costs with every gate open.
+        total: executed by the whole detector, routers included.
+        overhead: mean cost of the routers.
+        parts: mean of every static part.
+        ratio: mean over images of head / full.
+        ratio_of_sums: head / full of all images together.
+        soft_ratio: mean over images of the soft cost / full.
+        open: share of open positions of each gate, mean over images (each weighs the same).
+        dead: gates that never opened on any image.
+        always_open: gates that were open everywhere on every image.
+        level_names: e.g. P3; levels beyond them are called L<index>.
+    """
+
+    images: int
+    head: Spread
+    full: Spread
+    total: Spread
+    overhead: float
+    parts: dict[str, float]
+    ratio: float
+    ratio_of_sums: float
+    soft_ratio: float
+    open: dict[GateKey, float]
+    dead: list[GateKey]
+    always_open: list[GateKey]
+    level_names: tuple[str, ...] = ()
+
+    def gate_name(self, key: GateKey) -> str:
+        """E.g. cls.0.depth/P3."""
+        node, path, level = key
+        return f"{node}.{path}/{self.level_names[level] if level < len(self.level_names) else f'L{level}'}"
+
+    def as_scalars(self) -> dict[str, float]:
+        """Flat names for loggers: `macs/...` and the open share of every gate under `gates/...`."""
+        scalars = {
+            f"macs/{name}_{kind}": getattr(spread, kind)
+            for name, spread in (("head_used", self.head), ("total", self.total))
+            for kind in ("mean", "min", "max")
+        }
+        scalars |= {
+            "macs/head_full_mean": self.full.mean,
+            "macs/head_ratio": self.ratio,
+            "macs/head_ratio_of_sums": self.ratio_of_sums,
+            "macs/head_soft_ratio": self.soft_ratio,
+            "macs/overhead_mean": self.overhead,
+        }
+        scalars |= {f"macs/{part}_mean": value for part, value in self.parts.items() if part != "head"}
+        scalars |= {f"gates/{self.gate_name(key)}": share for key, share in self.open.items()}
+        if self.open:
+            scalars |= {"gates/dead": float(len(self.dead)), "gates/always_open": float(len(self.always_open))}
+        return scalars
+
+    def as_table(self) -> list[dict[str, str]]:
+        """Rows as in Table 1 of Song et al. 2020: head and total, mean, max and min in GMAC per image."""
+        return [
+            {"GMAC": name} | {kind: f"{getattr(spread, kind) / GIGA:.3f}" for kind in ("mean", "max", "min")}
+            for name, spread in (("head", self.head), ("total", self.total))
+        ]
+
+
+@dataclass(slots=True)
+class _Image:
+    """Multiply-adds spent on one image."""
+
+    used: float
+    soft: float
+    full: float
+    overhead: float
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        static = math.fsum(value for part, value in self.parts.items() if part != "head")
+        return self.used + self.overhead + static  # the static part of the head is in `used`
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Density of one gate over the images."""
+
+    count: int = 0
+    sum: float = 0.0
+    min: float = math.inf
+    max: float = -math.inf
+
+    def add(self, other: _Tally) -> None:
+        self.count += other.count
+        self.sum += other.sum
+        self.min = min(self.min, other.min)
+        self.max = max(self.max, other.max)
+
+
+@dataclass
+class _State:
+    images: list[_Image] = field(default_factory=list)
+    gates: dict[GateKey, _Tally] = field(default_factory=dict)
+
+    def add(self, other: _State) -> None:
+        self.images += other.images
+        for key, tally in other.gates.items():
+            self.gates.setdefault(key, _Tally()).add(tally)
+
+
+class ComputeMeter:
+    """Sums up what every image cost. Under DDP `compute` covers the images of all processes, and all must call it.
+
+    Args:
+        strides: of the pyramid, finest first; a level is named P<log2 stride>.
+        level_names: names to use instead.
+    """
+
+    def __init__(self, *, strides: Sequence[int] = (), level_names: Sequence[str] | None = None) -> None:
+        self.level_names = tuple(level_names) if level_names is not None else pyramid_names(strides)
+        self._state = _State()
+
+    def reset(self) -> None:
+        self._state = _State()
+
+    def update(self, routing: Routing | None, static: Sequence[Mapping[str, float]]) -> None:
+        """Adds a batch.
+
+        Args:
+            routing: what the head decided, None (or without gates) for a static head.
+            static: for each image, multiply-adds of every part that always runs. The part named "head" counts as head:
+                its unconditional layers, or all of it when the head is static.
+
+        Raises:
+            ValueError: if routing and static disagree on the number of images.
+        """
+        costs = torch.zeros(4, len(static), dtype=torch.float64)
+        if routing is not None and routing.gates:
+            with torch.no_grad():
+                rows = [routing.used(), routing.soft(), routing.full(), routing.overhead()]
+                costs = torch.stack([row.detach().double() for row in rows]).cpu()
+            if costs.shape[1] != len(static):
+                raise ValueError(f"routing has {costs.shape[1]} images, static costs have {len(static)}")
+            self._add_gates(routing.gates)
+        for parts, (used, soft, full, overhead) in zip(static, costs.T.tolist(), strict=True):
+            head = float(parts.get("head", 0.0))
+            numbers = {part: float(value) for part, value in parts.items()}
+            self._state.images.append(_Image(used + head, soft + head, full + head, overhead, numbers))
+
+    def compute(self) -> ComputeReport:
+        """The report over all images since the last reset; nan where there were none."""
+        state = _gathered(self._state)
+        images, gates = state.images, state.gates
+        used, full = [image.used for image in images], [image.full for image in images]
+        names = dict.fromkeys(part for image in images for part in image.parts)
+        return ComputeReport(
+            images=len(images),
+            head=Spread.of(used),
+            full=Spread.of(full),
+            total=Spread.of([image.total for image in images]),
+            overhead=Spread.of([image.overhead for image in images]).mean,
+            parts={name: Spread.of([image.parts.get(name, 0.0) for image in images]).mean for name in names},
+            ratio=Spread.of([image.used / image.full for image in images if image.full]).mean,
+            ratio_of_sums=math.fsum(used) / math.fsum(full) if any(full) else math.nan,
+            soft_ratio=Spread.of([image.soft / image.full for image in images if image.full]).mean,
+            open={key: tally.sum / tally.count for key, tally in gates.items()},
+            dead=[key for key, tally in gates.items() if tally.max == 0],
+            always_open=[key for key, tally in gates.items() if tally.min == 1],
+            level_names=self.level_names,
+        )
+
+    def _add_gates(self, gates: Sequence[PathGate]) -> None:
+        densities = torch.stack([gate.density().detach().double() for gate in gates]).cpu()
+        for gate, row in zip(gates, densities, strict=True):
+            tally = _Tally(len(row), float(row.sum()), float(row.min()), float(row.max()))
+            self._state.gates.setdefault((gate.node, gate.path, gate.level), _Tally()).add(tally)
+
+
+def pyramid_names(strides: Sequence[int]) -> tuple[str, ...]:
+    """P<log2 stride> of each level, e.g. P3 for stride 8."""
+    return tuple(f"P{math.log2(stride):g}" for stride in strides)
+
+
+def _gathered(state: _State) -> _State:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return state
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, state)
+    merged = _State()
+    for part in parts:
+        merged.add(part)
+    return merged

@@ -1,0 +1,169 @@
+"""Detections and ground truth as COCO json, so that any COCO tool can evaluate any dataset and any detector."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as rle
+from torch import Tensor
+
+from dyndet.data.dataset import DetectionDataset
+from dyndet.errors import DataError, UserError
+from dyndet.structures import Category, Detections, Size, Target
+
+BOX_DECIMALS = 3
+"""Annotations rarely have more decimals, and float32 keeps this many: rounding restores the annotated numbers."""
+
+
+def to_xywh(boxes: Tensor) -> Tensor:
+    """(N, 4) xyxy to (N, 4) float64 xywh, on the CPU."""
+    boxes = boxes.detach().to("cpu", torch.float64)
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+
+
+def original_xywh(target: Target, size: Size) -> Tensor:
+    """(N, 4) float64 xywh in pixels of the image on disk, as annotated.
+
+    Resizing in float32 moves a box by about 1e-5 px, enough to cross an IoU threshold that an annotated box meets
+    exactly; rounding to `BOX_DECIMALS` undoes it.
+
+    Args:
+        target: boxes in pixels of an image of `size`.
+        size: H, W of that image without padding.
+    """
+    boxes = target.boxes.detach().to("cpu", torch.float64)
+    if target.original_size != (0, 0) and tuple(size) != tuple(target.original_size):
+        (height, width), (original_height, original_width) = size, target.original_size
+        boxes = boxes * boxes.new_tensor([original_width / width, original_height / height] * 2)
+    # Width and height are rounded again: a difference of two decimals is not the nearest float to its own decimal.
+    return to_xywh(boxes.round(decimals=BOX_DECIMALS)).round(decimals=BOX_DECIMALS)
+
+
+def original_masks(target: Target, size: Size) -> Tensor:
+    """(N, H, W) bool masks at the size of the image on disk (nearest pixel, so exact only if it was not resized).
+
+    Raises:
+        UserError: if the target has no masks.
+    """
+    if target.masks is None:
+        raise UserError(f"image {target.image_id} {target.path} has no masks: load the dataset with masks")
+    masks = target.masks.detach().cpu()[:, : size[0], : size[1]]
+    if target.original_size in ((0, 0), tuple(size)) or not len(masks):
+        return masks.bool()
+    return F.interpolate(masks[None].float(), size=target.original_size, mode="nearest-exact")[0] > 0.5
+
+
+def original_area(target: Target, size: Size) -> Tensor:
+    """(N,) float64 areas in square pixels on disk: as annotated where the target knows, else of the box."""
+    known = getattr(target, "area", None)
+    if known is not None:
+        return known.detach().to("cpu", torch.float64)
+    return original_xywh(target, size)[:, 2:].prod(1)
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """(N, H, W) bool masks as COCO run-length encodings that json can hold."""
+    pixels = masks.detach().cpu().numpy().astype(np.uint8)
+    codes = [rle.encode(np.asfortranarray(item)) for item in pixels]
+    return [{"size": list(code["size"]), "counts": str(code["counts"], "ascii")} for code in codes]  # pyright: ignore
+
+
+def to_coco_json(
+    detections: Sequence[Detections], images: Sequence[Target] | Sequence[int], categories: Sequence[Category]
+) -> list[dict[str, Any]]:
+    """COCO results: one dict per detection, with original image and category ids and unrounded boxes.
+
+    Args:
+        detections: one per image, in pixels of the image on disk.
+        images: the target, or the image id, of each.
+        categories: label k is `categories[k]`.
+    """
+    results: list[dict[str, Any]] = []
+    for found, image in zip(detections, images, strict=True):
+        image_id = image.image_id if isinstance(image, Target) else int(image)
+        masks = None if found.masks is None else encode_masks(found.masks)
+        boxes, scores, labels = to_xywh(found.boxes).tolist(), found.scores.tolist(), found.labels.tolist()
+        for index, (box, score, label) in enumerate(zip(boxes, scores, labels, strict=True)):
+            entry = {"image_id": image_id, "category_id": categories[label].id, "bbox": box, "score": score}
+            results.append(entry if masks is None else entry | {"segmentation": masks[index]})
+    return results
+
+
+def write_results(
+    path: str | Path,
+    detections: Sequence[Detections],
+    images: Sequence[Target] | Sequence[int],
+    categories: Sequence[Category],
+) -> Path:
+    """Writes `to_coco_json` to a file; missing folders are made."""
+    return _write(path, to_coco_json(detections, images, categories))
+
+
+def write_ground_truth(dataset: DetectionDataset, path: str | Path | None = None) -> dict[str, Any]:
+    """The dataset as a COCO annotation dict, also written to `path` if given.
+
+    Every image is read once. Without annotated areas, an area is that of the mask, else of the box.
+
+    Raises:
+        DataError: if two images have the same id, so that results could not be told apart.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        target = sample.target
+        if target.image_id in seen:
+            raise DataError(
+                f"image id {target.image_id} appears twice (second: item {index} {target.path}); give images unique ids"
+            )
+        seen.add(target.image_id)
+        size: Size = (sample.image.shape[-2], sample.image.shape[-1])
+        height, width = size if target.original_size == (0, 0) else target.original_size
+        name = Path(target.path).name
+        images.append({"id": target.image_id, "height": height, "width": width, "file_name": name})
+        for annotation in _annotations(target, size, dataset.categories):
+            annotations.append({"id": len(annotations) + 1} | annotation)
+    truth = {
+        "info": {"description": "written by dyndet"},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": category.id, "name": category.name} for category in dataset.categories],
+    }
+    if path is not None:
+        _write(path, truth)
+    return truth
+
+
+def _annotations(target: Target, size: Size, categories: Sequence[Category]) -> list[dict[str, Any]]:
+    boxes, areas = original_xywh(target, size).tolist(), original_area(target, size).tolist()
+    masks: list[dict[str, Any]] | None = None
+    if target.masks is not None:
+        pixels = original_masks(target, size)
+        masks = encode_masks(pixels)
+        if getattr(target, "area", None) is None:
+            areas = pixels.sum((1, 2)).tolist()
+    annotations: list[dict[str, Any]] = []
+    for index, (label, crowd) in enumerate(zip(target.labels.tolist(), target.crowd.tolist(), strict=True)):
+        entry = {
+            "image_id": target.image_id,
+            "category_id": categories[label].id,
+            "bbox": boxes[index],
+            "area": areas[index],
+            "iscrowd": int(crowd),
+        }
+        annotations.append(entry if masks is None else entry | {"segmentation": masks[index]})
+    return annotations
+
+
+def _write(path: str | Path, content: object) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path

@@ -1,0 +1,29 @@
+"""The part of a detector's cost that depends on the image size alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from dyndet.ops.flops import count_macs
+
+
+class StaticCosts:
+    """Dense multiply-adds per part and image size, counted once per size.
+
+    Sizes are rounded up to the detector's padding divisor: what a batch of this one image would be padded to.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        self._detector = detector
+        self._divisor: int = detector.preprocess.divisor  # type: ignore[union-attr,assignment]
+        self._known: dict[tuple[int, int], dict[str, int]] = {}
+
+    def __call__(self, size: Sequence[int], *, routed: bool) -> dict[str, int]:
+        """(H, W) in pixels -> MACs of the parts that always run; a routed head is not among them."""
+        height, width = (-(-side // self._divisor) * self._divisor for side in size)
+        if (height, width) not in self._known:
+            self._known[height, width] = count_macs(self._detector, (height, width))
+        parts = self._known[height, width]
+        return {part: macs for part, macs in parts.items() if part != "total" and not (routed and part == "head")}

@@ -1,0 +1,33 @@
+"""The price of compute: a loss on what a head routed.
+
+Source: Song et al., NeurIPS 2020, Eq. 4-6.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from dyndet.structures import Routing
+
+
+class Budget(nn.Module):
+    """lambda * mean over images of (soft cost / full cost).
+
+    Args:
+        weight: lambda. It buys a trade-off, not a cost: log and select on used cost.
+        scale_gradient: "on" lets the budget close scale gates as well; "published" keeps their cost in the value but
+            gives them no gradient, as the released code does.
+    """
+
+    def __init__(self, weight: float, *, scale_gradient: Literal["on", "published"] = "on") -> None:
+        super().__init__()
+        if scale_gradient not in ("on", "published"):
+            raise ValueError(f"scale_gradient must be 'on' or 'published', got {scale_gradient!r}")
+        self.weight = weight
+        self.detached = ("up", "down") if scale_gradient == "published" else ()
+
+    def forward(self, routing: Routing) -> Tensor:
+        """Scalar loss, weight applied."""
+        return self.weight * (routing.soft(self.detached) / routing.full()).mean().float()

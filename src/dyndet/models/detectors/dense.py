@@ -1,0 +1,180 @@
+"""A one-stage detector: backbone -> neck -> head -> predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyndet.models.budget import Budget
+from dyndet.models.preprocess import Preprocess
+from dyndet.ops.grid import valid_masks
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Size, Target
+
+Images = ImageBatch | Tensor | Sequence[Tensor]
+"""A batch; (B, 3, H, W); or single (3, H, W) images of any sizes. RGB, uint8 0..255 or float 0..1."""
+
+
+class DenseDetector(nn.Module):
+    """Any head between any pyramid and any dense predictor.
+
+    Args:
+        preprocess: pixels to network input.
+        backbone: images -> feature maps; has `channels` and `strides`.
+        neck: feature maps -> pyramid; has `channels` and `strides`.
+        head: (pyramid, valid) -> `HeadOutput`.
+        predictor: `HeadOutput` -> raw maps, losses, detections.
+        budget: prices the head's routing in `losses`; None leaves it free.
+        precision: dtype name per part ("backbone", "neck", "head", "predictor") to run it in under autocast, for
+            instance {"neck": "bfloat16", "head": "bfloat16"}; parts not named follow the surrounding precision.
+    """
+
+    def __init__(
+        self,
+        *,
+        preprocess: Preprocess,
+        backbone: nn.Module,
+        neck: nn.Module,
+        head: nn.Module,
+        predictor: nn.Module,
+        budget: Budget | None = None,
+        precision: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.predictor = predictor
+        self.budget = budget
+        self.precision = {part: getattr(torch, name) for part, name in (precision or {}).items()}
+        unknown = set(self.precision) - {"backbone", "neck", "head", "predictor"}
+        if unknown:
+            raise ValueError(f"precision names unknown parts {sorted(unknown)}: use backbone, neck, head, predictor")
+
+    @property
+    def strides(self) -> list[int]:
+        """Pixels per position of every level."""
+        return self.neck.strides  # type: ignore[return-value]
+
+    def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
+        """Detection losses and, where something was routed, the budget; call it in training mode.
+
+        Args:
+            images: see `Images`.
+            targets: per image, boxes in pixels of `images`; a `Target`, or a dict with `boxes` and `labels`.
+        """
+        batch = self._batch(images)
+        features, valid = self._features(batch)
+        output = self._head(features, valid)
+        device = batch.pixels.device
+        wanted = [Target.of(target).without_crowd().to(device) for target in targets]
+        terms = self.predictor.losses(self._predict(output), wanted, valid)  # type: ignore[operator]
+        if self.budget is not None and output.routing is not None:
+            terms["budget"] = self.budget(output.routing)
+        return Losses(terms, output.routing)
+
+    def detect(self, images: Images) -> list[Detections]:
+        """Detections per image, in pixels of the original images; call it in eval mode."""
+        return self.detect_with_routing(images)[0]
+
+    @torch.no_grad()
+    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
+        """Detections, and what the head decided on the way."""
+        batch = self._batch(images)
+        features, valid = self._features(batch)
+        output = self._head(features, valid)
+        return self.predictor.detections(self._predict(output), batch), output.routing  # type: ignore[operator]
+
+    def raw_outputs(self, images: Images) -> list[dict[str, Tensor]]:
+        """The predictor's maps per level before decoding (for FCOS `cls`, `box`, `centerness`)."""
+        features, valid = self._features(self._batch(images))
+        return self._predict(self._head(features, valid))
+
+    def stages(self, pixels: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """The parts in order, each as a call on what came before: for counting and timing a dense pass.
+
+        Args:
+            pixels: (B, 3, H, W) network input, already preprocessed.
+        """
+        value: Any = pixels
+        for name, part in (
+            ("backbone", self.backbone),
+            ("neck", self.neck),
+            ("head", self.head),
+            ("predictor", self.predictor),
+        ):
+            results: list[Any] = []
+
+            def run(part: nn.Module = part, value: Any = value, results: list[Any] = results) -> None:
+                results.append(part(value))
+
+            yield name, run
+            value = results[0]
+
+    def _batch(self, images: Images) -> ImageBatch:
+        device = next(self.parameters()).device
+        return ImageBatch.of(images, self.preprocess.divisor).to(device)
+
+    def _features(self, batch: ImageBatch) -> tuple[list[Tensor], list[Tensor] | None]:
+        pixels = self.preprocess(batch)
+        with self._autocast("backbone", pixels):
+            maps = self.backbone(pixels)
+        with self._autocast("neck", pixels):
+            features = self.neck(maps)
+        shapes: list[Size] = [(x.shape[-2], x.shape[-1]) for x in features]
+        valid = valid_masks(batch.sizes, shapes, self.strides)
+        return features, None if valid is None else [mask.to(pixels.device) for mask in valid]
+
+    def _head(self, features: list[Tensor], valid: list[Tensor] | None) -> HeadOutput:
+        with self._autocast("head", features[0]):
+            return self.head(features, valid)
+
+    def _predict(self, output: HeadOutput) -> list[dict[str, Tensor]]:
+        with self._autocast("predictor", output.cls[0]):
+            return self.predictor(output)
+
+    @contextmanager
+    def _autocast(self, part: str, like: Tensor) -> Iterator[None]:
+        dtype = self.precision.get(part)
+        if dtype is None:
+            yield
+            return
+        with torch.autocast(like.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            yield
+
+
+def assemble_dense(
+    *,
+    preprocess: Preprocess,
+    backbone: nn.Module,
+    neck: Callable[..., nn.Module],
+    head: Callable[..., nn.Module],
+    predictor: Callable[..., nn.Module],
+    budget: Budget | None = None,
+    precision: Mapping[str, str] | None = None,
+) -> DenseDetector:
+    """Builds a `DenseDetector` from parts that wait for the widths and strides of the part before them.
+
+    Args:
+        preprocess: ready.
+        backbone: ready.
+        neck: called with `in_channels` and `in_strides`.
+        head: called with `channels`.
+        predictor: called with `channels` and `strides`.
+        budget: see `DenseDetector`.
+        precision: see `DenseDetector`.
+    """
+    pyramid = neck(in_channels=backbone.channels, in_strides=backbone.strides)
+    return DenseDetector(
+        preprocess=preprocess,
+        backbone=backbone,
+        neck=pyramid,
+        head=head(channels=pyramid.channels),
+        predictor=predictor(channels=pyramid.channels, strides=pyramid.strides),
+        budget=budget,
+        precision=precision,
+    )

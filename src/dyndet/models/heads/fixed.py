@@ -1,0 +1,58 @@
+"""The static twin of the fine-grained head: the same nodes with every path always on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyndet.models.heads.paths import DepthPath, ScalePath, exchange
+from dyndet.structures import HeadOutput
+
+
+class FixedNode(nn.Module):
+    """Scale step, then depth step, without gates.
+
+    Unlike the gated node the scale paths enter with weight 1 from the start (so published).
+    """
+
+    def __init__(self, channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.down = ScalePath(channels, norm_groups)
+        self.up = ScalePath(channels, norm_groups)
+        self.output_weight = nn.Parameter(torch.ones(1))
+        self.depth = DepthPath(channels, norm_groups)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        received = exchange([self.down(x) for x in features], [self.up(x) for x in features])
+        outputs = []
+        for x, neighbours in zip(features, received, strict=True):
+            summed = self.output_weight * x if neighbours is None else self.output_weight * x + neighbours
+            outputs.append(F.relu(summed + self.depth(summed)))
+        return outputs
+
+
+class FixedHead(nn.Module):
+    """Two branches of `depth` nodes each ("FCOS-D4", "FCOS-D8": the fixed networks of the paper).
+
+    Args:
+        channels: C of the pyramid.
+        depth: nodes per branch; a node holds two full 3x3 convolutions.
+        norm_groups: groups of every GroupNorm.
+    """
+
+    def __init__(self, channels: int, *, depth: int = 8, norm_groups: int = 32) -> None:
+        super().__init__()
+        self.cls = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))
+        self.reg = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))
+
+    def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
+        """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes."""
+        cls, reg = list(features), list(features)
+        for node in self.cls:
+            cls = node(cls)
+        for node in self.reg:
+            reg = node(reg)
+        return HeadOutput(cls, reg)

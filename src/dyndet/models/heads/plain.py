@@ -1,0 +1,41 @@
+"""The ordinary head: two towers of convolutions, shared by all levels. No routing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dyndet.models.heads.init import init_normal
+from dyndet.structures import HeadOutput
+
+
+class PlainHead(nn.Module):
+    """`num_convs` x [3x3 conv, GroupNorm, ReLU] for classification and as many for regression (FCOS, RetinaNet).
+
+    Args:
+        channels: C of the pyramid.
+        num_convs: convolutions per tower (4 in the papers).
+        norm_groups: groups of GroupNorm; 0 leaves the norm out (RetinaNet).
+    """
+
+    def __init__(self, channels: int, *, num_convs: int = 4, norm_groups: int = 32) -> None:
+        super().__init__()
+        self.cls = _tower(channels, num_convs, norm_groups)
+        self.reg = _tower(channels, num_convs, norm_groups)
+
+    def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
+        """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes."""
+        return HeadOutput([self.cls(x) for x in features], [self.reg(x) for x in features])
+
+
+def _tower(channels: int, num_convs: int, norm_groups: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(num_convs):
+        layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+        if norm_groups:
+            layers.append(nn.GroupNorm(norm_groups, channels))
+        layers.append(nn.ReLU())
+    tower = nn.Sequential(*layers)
+    init_normal(tower)
+    return tower

@@ -1,0 +1,168 @@
+"""The FCOS predictor: classification, box distances and centerness per position; its losses and its decoding.
+
+Source: Tian et al., ICCV 2019. The defaults are the settings published with the fine-grained head (Song et al., 2020);
+`conf/predictor/fcos_mmdet.yaml` holds the "improved" ones of another common implementation.
+Legend: B images, K classes, L levels, P points of all levels, N boxes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from dyndet.models.heads.init import init_normal
+from dyndet.models.predictors.assign import CenterSampling
+from dyndet.models.predictors.postprocess import Postprocess
+from dyndet.ops.boxes import boxes_from_ltrb, centerness_from_ltrb, iou_log_loss
+from dyndet.ops.distributed import reduce_mean
+from dyndet.ops.grid import level_points
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Size, Target
+
+RawMaps = list[dict[str, Tensor]]
+
+
+class FCOS(nn.Module):
+    """Predicts from the features of any head.
+
+    Args:
+        channels: C of the features.
+        strides: per level.
+        num_classes: K.
+        prior: probability at which classification starts.
+        centerness_on: the tower whose features centerness reads.
+        box_activation: "relu" (distances in strides) or "exp" (distances in pixels).
+        point_offset: where in its cell a point lies, in strides: 0 published, 0.5 elsewhere.
+        assigner: which box a point answers for; None is centre sampling with radius 1.5.
+        box_loss: "giou", or "iou" for -log(IoU).
+        box_normaliser_min: floor of the summed centerness that divides the box loss (1 published, 1e-6 elsewhere).
+        score: final score is "sqrt" sqrt(cls * centerness), as published, or "product".
+        postprocess: threshold, top-k and NMS; None takes 0.05, 1000 per level, 0.6, 100.
+        ignore_padding: leave points on padding out of the losses (the published code keeps them).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        *,
+        num_classes: int,
+        prior: float = 0.01,
+        centerness_on: Literal["reg", "cls"] = "reg",
+        box_activation: Literal["relu", "exp"] = "relu",
+        point_offset: float = 0.0,
+        assigner: CenterSampling | None = None,
+        box_loss: Literal["giou", "iou"] = "giou",
+        box_normaliser_min: float = 1.0,
+        score: Literal["sqrt", "product"] = "sqrt",
+        postprocess: Postprocess | None = None,
+        ignore_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        for key, value, allowed in (
+            ("centerness_on", centerness_on, ("reg", "cls")),
+            ("box_activation", box_activation, ("relu", "exp")),
+            ("box_loss", box_loss, ("giou", "iou")),
+            ("score", score, ("sqrt", "product")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+        self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.box = nn.Conv2d(channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        init_normal(self)
+        nn.init.constant_(self.cls.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+        self.scales = nn.Parameter(torch.ones(len(strides)))
+        self.strides = list(strides)
+        self.num_classes = num_classes
+        self.centerness_on = centerness_on
+        self.box_activation = box_activation
+        self.point_offset = point_offset
+        self.assigner = assigner or CenterSampling()
+        self.box_loss = box_loss
+        self.box_normaliser_min = box_normaliser_min
+        self.score = score
+        self.postprocess = postprocess or Postprocess()
+        self.ignore_padding = ignore_padding
+
+    def forward(self, head: HeadOutput) -> RawMaps:
+        """Per level `cls` (B, K, H, W) logits, `box` (B, 4, H, W) before activation, `centerness` (B, 1, H, W) logits."""
+        maps = []
+        for level, (cls, reg) in enumerate(zip(head.cls, head.reg, strict=True)):
+            box = self.box(reg) * self.scales[level]
+            centerness = self.centerness(reg if self.centerness_on == "reg" else cls)
+            maps.append({"cls": self.cls(cls), "box": box, "centerness": centerness})
+        return maps
+
+    def losses(
+        self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Scalar losses `cls` (focal), `box` and `centerness`, in float32.
+
+        Args:
+            raw: from `forward`.
+            targets: per image, without crowd.
+            valid: L x (B, 1, H, W) bool, False on padding.
+        """
+        points = self._points(raw)
+        assigned = [self.assigner(points, self.strides, target, self.num_classes) for target in targets]
+        labels = torch.stack([item.labels for item in assigned])
+        cls = torch.cat([_flat(level["cls"]) for level in raw], 1)
+        box = torch.cat([_flat(level["box"]) for level in raw], 1)
+        centerness = torch.cat([_flat(level["centerness"]) for level in raw], 1)[..., 0]
+        counts = torch.ones_like(labels, dtype=torch.bool)
+        if valid is not None and self.ignore_padding:
+            counts = torch.cat([mask.flatten(1) for mask in valid], 1)
+        positive = (labels < self.num_classes) & counts
+        num_positive = reduce_mean(positive.sum().float()).clamp(min=1)
+
+        wanted = F.one_hot(labels, self.num_classes + 1)[..., :-1].float()
+        loss_cls = (sigmoid_focal_loss(cls, wanted, alpha=0.25, gamma=2.0) * counts[..., None]).sum() / num_positive
+
+        stride = torch.cat([p.new_full((len(p),), s) for p, s in zip(points, self.strides, strict=True)])
+        stride = stride.expand_as(labels)[positive][:, None]
+        ltrb = torch.stack([item.ltrb for item in assigned])[positive] / stride
+        predicted = self._distances(box[positive], stride) / stride
+        ideal = centerness_from_ltrb(ltrb)
+        # Distances around a common origin: IoU does not depend on where the point is.
+        origin = torch.zeros_like(ltrb[:, :2])
+        pair = boxes_from_ltrb(origin, predicted), boxes_from_ltrb(origin, ltrb)
+        each = generalized_box_iou_loss(*pair) if self.box_loss == "giou" else iou_log_loss(*pair)
+        loss_box = (each * ideal).sum() / reduce_mean(ideal.sum()).clamp(min=self.box_normaliser_min)
+        loss_centerness = F.binary_cross_entropy_with_logits(centerness[positive], ideal, reduction="sum")
+        return {"cls": loss_cls, "box": loss_box, "centerness": loss_centerness / num_positive}
+
+    def detections(self, raw: RawMaps, images: ImageBatch) -> list[Detections]:
+        """Detections per image, in pixels of the original images."""
+        points = self._points(raw)
+        levels = []
+        for level, stride, where in zip(raw, self.strides, points, strict=True):
+            probabilities = _flat(level["cls"]).sigmoid()
+            quality = _flat(level["centerness"]).sigmoid()
+            scores = probabilities * quality
+            ltrb = self._distances(_flat(level["box"]), torch.tensor(float(stride)))
+            boxes = boxes_from_ltrb(where, ltrb)
+            levels.append((probabilities, scores.sqrt() if self.score == "sqrt" else scores, boxes))
+        return self.postprocess(levels, images)
+
+    def _distances(self, box: Tensor, stride: Tensor) -> Tensor:
+        """(..., 4) distances in pixels from the raw box values."""
+        return F.relu(box) * stride.to(box) if self.box_activation == "relu" else box.exp()
+
+    def _points(self, raw: RawMaps) -> list[Tensor]:
+        shapes: list[Size] = [(level["cls"].shape[-2], level["cls"].shape[-1]) for level in raw]
+        device = raw[0]["cls"].device
+        return [
+            level_points(shape, stride, self.point_offset, device)
+            for shape, stride in zip(shapes, self.strides, strict=True)
+        ]
+
+
+def _flat(maps: Tensor) -> Tensor:
+    """(B, D, H, W) -> float32 (B, H*W, D)."""
+    return maps.flatten(2).transpose(1, 2).float()

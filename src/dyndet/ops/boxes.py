@@ -1,0 +1,27 @@
+"""Box arithmetic that torchvision does not have. Boxes are xyxy in pixels, no +1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def boxes_from_ltrb(points: Tensor, ltrb: Tensor) -> Tensor:
+    """(..., 2) points and (..., 4) distances to left, top, right, bottom -> (..., 4) boxes."""
+    return torch.cat([points - ltrb[..., :2], points + ltrb[..., 2:]], -1)
+
+
+def centerness_from_ltrb(ltrb: Tensor) -> Tensor:
+    """(N, 4) distances -> (N,) sqrt(min(l, r)/max(l, r) * min(t, b)/max(t, b)) (FCOS, Eq. 3)."""
+    across, along = ltrb[:, [0, 2]], ltrb[:, [1, 3]]
+    ratio = (across.amin(1) / across.amax(1)) * (along.amin(1) / along.amax(1))
+    return ratio.clamp(min=0).sqrt()
+
+
+def iou_log_loss(predicted: Tensor, wanted: Tensor, eps: float = 1e-6) -> Tensor:
+    """(N, 4) and (N, 4) matched boxes -> (N,) -log(IoU), bounded (UnitBox; plain FCOS)."""
+    corner = torch.minimum(predicted[:, 2:], wanted[:, 2:]) - torch.maximum(predicted[:, :2], wanted[:, :2])
+    overlap = corner.clamp(min=0).prod(1)
+    areas = (predicted[:, 2:] - predicted[:, :2]).prod(1) + (wanted[:, 2:] - wanted[:, :2]).prod(1)
+    iou = overlap / (areas - overlap).clamp(min=eps)
+    return -iou.clamp(min=eps).log()

@@ -1,0 +1,50 @@
+"""Counting multiply-adds. 1 MAC = 1 multiply-add of a convolution, linear layer or matmul; norms and the like are free.
+
+Papers' "FLOPs" columns are MACs in one of three conventions; `GIGA` and `GIBI` name the two units they use.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyndet.structures import Size
+
+GIGA = 1e9
+GIBI = 2.0**30
+"""The unit of the published fine-grained head costs."""
+
+
+class Staged(Protocol):
+    """A detector that can run part by part."""
+
+    def stages(self, pixels: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]: ...
+
+
+def count_macs(detector: torch.nn.Module, size: Size) -> dict[str, int]:
+    """Multiply-adds of a dense pass over one image, at exactly this size, with every gate open.
+
+    Nothing is computed: the detector is copied to the meta device.
+
+    Args:
+        detector: a detector with `stages`.
+        size: (H, W) of the network input in pixels; it is not padded.
+
+    Returns:
+        MACs of `backbone`, `neck`, `head`, `predictor` and their `total`.
+    """
+    shell = copy.deepcopy(detector).to("meta").eval()
+    pixels = torch.empty(1, 3, *size, device="meta")
+    counts: dict[str, int] = {}
+    with torch.no_grad():
+        for name, run in shell.stages(pixels):  # type: ignore[operator]
+            with FlopCounterMode(display=False) as counter:
+                run()
+            counts[name] = counter.get_total_flops() // 2
+    counts["total"] = sum(counts.values())
+    return counts

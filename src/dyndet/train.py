@@ -1,0 +1,66 @@
+"""`python -m dyndet.train [+experiment=NAME] [key=value ...]`: trains, validates, and shows where compute went."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from dyndet.checkpoint import resume_path
+from dyndet.command import run
+from dyndet.config import build
+from dyndet.lightning.detection import DetectionModule
+from dyndet.report.summary import print_summary
+
+log = logging.getLogger(__name__)
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Runs one experiment and returns its last metrics."""
+    seed_everything(config.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    checkpoint = resume_path(config)
+    data = build(config.data.module)
+    data.setup("fit")  # first, so that wrong paths show before anything slow
+    module = DetectionModule(
+        build(config.detector),
+        categories=data.categories,
+        optimizer=build(config.optim.optimizer),
+        schedule=build(config.optim.schedule),
+        config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+    )
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        for part in (module.detector.backbone, module.detector.neck):
+            part.compile()  # type: ignore[union-attr,operator]
+    loggers = [build(item) for item in config.logger.values()]
+    callbacks = [build(item) for item in config.callbacks.values() if item is not None]
+    trainer: Trainer = build(config.trainer)(logger=loggers, callbacks=callbacks)
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        _close(loggers)
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        print_summary(module.report, metrics, Path(config.output_dir))
+    return metrics
+
+
+def _close(loggers: list[Any]) -> None:
+    """Ends every logger's run, so that the jobs of a multirun stay apart."""
+    for logger in loggers:
+        logger.finalize("success")
+        finish = getattr(logger.experiment, "finish", None) if type(logger).__name__ == "WandbLogger" else None
+        if finish is not None:
+            finish()
+
+
+if __name__ == "__main__":
+    run(train, "train")
