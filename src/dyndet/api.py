@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dyndet.checkpoint import read_checkpoint
+from dyndet.checkpoint import Checkpoint, read_checkpoint
 from dyndet.config import build, compose_experiment
 from dyndet.errors import UserError
 from dyndet.models.detectors.dense import DenseDetector
@@ -38,12 +37,16 @@ def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> DenseDe
     Raises:
         UserError: if the file is not a checkpoint of ours, or has no masked convolutions to run by `impl`.
     """
-    saved = read_checkpoint(checkpoint)
-    config: Any = saved.config
+    return detector_from(read_checkpoint(checkpoint), impl=impl)
+
+
+def detector_from(saved: Checkpoint, *, impl: str | None = None) -> DenseDetector:
+    """`load_detector` for a checkpoint that has been read already."""
+    config = saved.config.copy()
     config.backbone.weights = "none"
     if impl is not None:
         if "impl" not in config.head:
-            raise UserError(f"impl={impl}: the head of {checkpoint} has no masked convolutions")
+            raise UserError(f"impl={impl}: the head of {config.name} has no masked convolutions")
         config.head.impl = impl
     detector = build(config.detector)
     detector.load_state_dict(saved.weights)

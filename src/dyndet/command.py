@@ -54,6 +54,6 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
 def _fail(message: str, verbose: bool) -> None:
     if verbose:
-        raise  # noqa: PLE0704 - re-raises the exception being handled
+        raise
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -63,6 +63,21 @@ def build(config: Any) -> Any:
         raise UserError(explain(error, [])) from error
 
 
+def fill(config: DictConfig, changes: DictConfig, prefix: str) -> None:
+    """Sets the keys of `changes` that are not null.
+
+    Raises:
+        UserError: on a key that the configuration does not have.
+    """
+    for key, value in changes.items():
+        if value is None:
+            continue
+        if key not in config:
+            near = _nearest(str(key), [str(known) for known in config])
+            raise UserError(f"there is no key '{prefix}.{key}' in this checkpoint's configuration.{near}")
+        config[key] = value
+
+
 def explain(error: Exception, arguments: Sequence[str]) -> str:
     """One line: what in the command line or configuration is wrong, and what was probably meant."""
     text = str(error)

@@ -35,6 +35,7 @@ class Target:
         labels: (N,) int64 in 0..K-1.
         crowd: (N,) bool; crowd regions never train, and evaluation ignores matches with them.
         masks: (N, H, W) bool, or None when the dataset has none or they were not asked for.
+        area: (N,) annotated areas in square pixels on disk (COCO: of the mask), or None to take those of the boxes.
         image_id: id in the original annotations.
         original_size: (H, W) of the image on disk, before any transform.
         path: the file it came from, "" when generated.
@@ -45,6 +46,7 @@ class Target:
     labels: Tensor
     crowd: Tensor
     masks: Tensor | None = None
+    area: Tensor | None = None
     image_id: int = 0
     original_size: Size = (0, 0)
     path: str = ""
@@ -60,18 +62,20 @@ class Target:
         return cls(value["boxes"].float(), labels.long(), crowd.bool(), value.get("masks"))
 
     def to(self, device: torch.device | str) -> Target:
-        masks = None if self.masks is None else self.masks.to(device)
-        return replace(
-            self, boxes=self.boxes.to(device), labels=self.labels.to(device), crowd=self.crowd.to(device), masks=masks
-        )
+        tensors = ("boxes", "labels", "crowd", "masks", "area")
+        moved = {name: getattr(self, name).to(device) for name in tensors if getattr(self, name) is not None}
+        return replace(self, **moved)
 
     def without_crowd(self) -> Target:
         """The same target with only the boxes that train."""
         if not self.crowd.any():
             return self
-        keep = ~self.crowd
-        masks = None if self.masks is None else self.masks[keep]
-        return replace(self, boxes=self.boxes[keep], labels=self.labels[keep], crowd=self.crowd[keep], masks=masks)
+        return self[~self.crowd]
+
+    def __getitem__(self, keep: Tensor) -> Target:
+        """The same target with only some of its objects: (N,) bool or indices."""
+        tensors = ("boxes", "labels", "crowd", "masks", "area")
+        return replace(self, **{name: getattr(self, name)[keep] for name in tensors if getattr(self, name) is not None})
 
 
 @dataclass

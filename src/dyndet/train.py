@@ -31,7 +31,7 @@ def train(config: DictConfig) -> dict[str, float]:
         categories=data.categories,
         optimizer=build(config.optim.optimizer),
         schedule=build(config.optim.schedule),
-        config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+        config=OmegaConf.to_container(config),  # unresolved, so that keys can still be overridden later
     )
     if config.channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -45,11 +45,14 @@ def train(config: DictConfig) -> dict[str, float]:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        if "val/AP" not in trainer.callback_metrics:  # the run was shorter than the validation interval
+            trainer.validate(module, data, verbose=False)
     finally:
         _close(loggers)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    report = module.compute.compute()
     if trainer.is_global_zero:
-        print_summary(module.report, metrics, Path(config.output_dir))
+        print_summary(report, metrics, Path(config.output_dir))
     return metrics
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler, STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.metrics.coco import CocoMetric
-from dyndet.metrics.compute import ComputeMeter, ComputeReport
+from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts
 from dyndet.structures import Batch, Category
 
@@ -60,22 +60,22 @@ class DetectionModule(LightningModule):
             self.log("train/head_ratio", ratio, prog_bar=True, batch_size=size)
         return losses.total
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Updates the metrics; callbacks get the `detections` and the `routing` of the batch."""
         detections, routing = self.detector.detect_with_routing(batch.images)  # type: ignore[operator]
         self.ap.update(detections, batch.targets, batch.images.sizes)
         sizes = batch.images.sizes.tolist()
         self.compute.update(routing, [self.static(size, routed=routing is not None) for size in sizes])
+        return {"detections": detections, "routing": routing}
 
     def on_validation_epoch_start(self) -> None:
         self.ap.reset()
         self.compute.reset()
 
     def on_validation_epoch_end(self) -> None:
-        scores = self.ap.compute()
-        report = self.compute.compute()
-        self.report: ComputeReport = report
-        self.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=False)
-        self.log_dict(report.as_scalars(), sync_dist=False)
+        # Both have gathered over all processes, so every process logs the same numbers.
+        scores = {f"val/{name}": value for name, value in self.ap.compute().items()}
+        self.log_dict(scores | self.compute.compute().as_scalars())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         categories = [{"id": category.id, "name": category.name} for category in self.categories]

@@ -62,7 +62,7 @@ def warmup_multistep(
     warmup_steps: int = 1000,
     warmup_factor: float = 0.001,
 ) -> LRScheduler:
-    """Linear warm-up from `warmup_factor`, then a drop by `gamma` at each milestone (1x: 60 000 and 80 000 of 90 000)."""
+    """Linear warm-up from `warmup_factor`, then a drop by `gamma` at each milestone (1x: 60k and 80k of 90k)."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -73,6 +73,6 @@ def warmup_multistep(
 
 
 def one_cycle(optimizer: Optimizer, *, total_steps: int, **kwargs: Any) -> LRScheduler:
-    """torch's one-cycle schedule over the whole run, each group to its own peak; for short runs."""
+    """Torch's one-cycle schedule over the whole run, each group to its own peak; for short runs."""
     peaks = [group["lr"] for group in optimizer.param_groups]
     return OneCycleLR(optimizer, max_lr=peaks, total_steps=total_steps, **kwargs)

@@ -45,7 +45,7 @@ class Preview(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero or len(self._strips) >= self.images:
             return
         assert isinstance(pl_module, DetectionModule)
-        detections, routing = pl_module.detector.detect_with_routing(batch.images)  # type: ignore[operator]
+        detections, routing = outputs["detections"], outputs["routing"]
         names = [category.name for category in pl_module.categories]
         for index in range(min(len(batch.targets), self.images - len(self._strips))):
             height, width = batch.images.sizes[index].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -97,8 +98,8 @@ def _create(name: str, **kwargs: object) -> nn.Module:
                 f"timm could not build backbone {name} ({error}). If it tried to download weights without a network, "
                 "set backbone.weights=none or to a local file."
             ) from error
-        near = timm.list_models(f"*{name[:6]}*")[:6]
-        raise UserError(f"timm has no model {name!r}: set backbone.name, for instance to one of {near}") from error
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.4))
+        raise UserError(f"timm has no model {name!r}: set backbone.name, perhaps to {near}") from error
     except OSError as error:
         raise UserError(
             f"the pretrained weights of {name} could not be downloaded ({type(error).__name__}). Set "
@@ -116,10 +117,10 @@ def _move_strides(body: nn.Module) -> None:
     moved = 0
     for block in body.modules():
         conv1, conv2 = getattr(block, "conv1", None), getattr(block, "conv2", None)
-        if isinstance(conv1, nn.Conv2d) and isinstance(conv2, nn.Conv2d) and conv1.kernel_size == (1, 1):
-            if conv2.stride == (2, 2):
-                conv1.stride, conv2.stride = (2, 2), (1, 1)
-                moved += 1
+        bottleneck = isinstance(conv1, nn.Conv2d) and isinstance(conv2, nn.Conv2d) and conv1.kernel_size == (1, 1)
+        if bottleneck and conv2.stride == (2, 2):
+            conv1.stride, conv2.stride = (2, 2), (1, 1)
+            moved += 1
     if not moved:
         raise UserError("backbone.stride_in_1x1 needs a ResNet with bottleneck blocks")
 

@@ -54,9 +54,8 @@ def draw_detections(
     tags: list[Box] = []
     for index in shown:
         name = names[labels[index]] if labels[index] < len(names) else str(labels[index])
-        score = scores[index]
-        text = name if score is None else f"{name} {score:.2f}"
-        _tag(pen, boxes[index], text + (" (crowd)" if crowds[index] else ""), class_color(labels[index]), tags)
+        detail = "" if scores[index] is None else f" {scores[index]:.2f}"
+        _tag(pen, boxes[index], name + detail + (" (crowd)" if crowds[index] else ""), class_color(labels[index]), tags)
     return picture
 
 

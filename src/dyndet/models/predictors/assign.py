@@ -48,7 +48,9 @@ class CenterSampling:
         self.radius = radius
         self.base_range = base_range
 
-    def __call__(self, points: Sequence[Tensor], strides: Sequence[int], target: Target, num_classes: int) -> PointTargets:
+    def __call__(
+        self, points: Sequence[Tensor], strides: Sequence[int], target: Target, num_classes: int
+    ) -> PointTargets:
         """Assigns one image.
 
         Args:

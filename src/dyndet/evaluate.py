@@ -1,0 +1,70 @@
+"""`python -m dyndet.evaluate ckpt=FILE [impl=gather] [data.root=FOLDER ...]`: AP, executed compute and a COCO json."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from dyndet.api import detector_from
+from dyndet.checkpoint import read_checkpoint
+from dyndet.command import run
+from dyndet.config import build, fill
+from dyndet.errors import UserError
+from dyndet.lightning.callbacks import Progress
+from dyndet.lightning.detection import DetectionModule
+from dyndet.metrics.export import write_results
+from dyndet.report.summary import print_summary
+from dyndet.structures import Batch, Detections, Target
+
+
+class Collect(Callback):
+    """Keeps every detection with the target it belongs to, and the seconds that validation took."""
+
+    def __init__(self) -> None:
+        self.detections: list[Detections] = []
+        self.targets: list[Target] = []
+        self.seconds = 0.0
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self._started
+        self.detections += [item.to("cpu") for item in outputs["detections"]]
+        self.targets += batch.targets
+
+
+def evaluate(config: DictConfig) -> dict[str, float]:
+    """Validates a checkpoint on its data and returns the metrics, as training would have printed them."""
+    saved = read_checkpoint(config.ckpt)
+    fill(saved.config.data, config.data, "data")
+    data = build(saved.config.data.module)
+    data.setup("validate")
+    if data.categories != saved.categories:
+        raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
+    module = DetectionModule(detector_from(saved, impl=config.impl), categories=data.categories)
+    collected = Collect()
+    trainer: Trainer = build(OmegaConf.merge(config.trainer, {"_partial_": True}))(callbacks=[Progress(), collected])
+    trainer.validate(module, data, verbose=False)
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    report = module.compute.compute()
+    if trainer.is_global_zero:
+        folder = Path(config.output_dir)
+        print_summary(report, metrics)
+        print(f"validation steps took {collected.seconds:.2f} s for {len(collected.targets)} images")
+        if trainer.world_size == 1:  # each process holds its own images only
+            file = write_results(folder / "detections.json", collected.detections, collected.targets, data.categories)
+            print(f"detections: {file}")
+        (folder / "result.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    return metrics
+
+
+if __name__ == "__main__":
+    run(evaluate, "evaluate")

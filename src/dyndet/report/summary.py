@@ -1,0 +1,56 @@
+"""The last lines of a run: accuracy next to executed compute."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from dyndet.metrics.compute import ComputeReport
+
+
+def print_summary(
+    report: ComputeReport, metrics: Mapping[str, float], folder: Path | None = None, stream: TextIO | None = None
+) -> None:
+    """Prints AP, executed multiply-adds (the paper's Table 1) and densities per level.
+
+    Args:
+        report: compute over the validation images.
+        metrics: scalars under their logged names (`val/AP`, ...).
+        folder: the run's folder, to be named at the end.
+        stream: where to print; standard output by default.
+    """
+    console = Console(file=stream or sys.stdout, width=100)
+    scores = {key.removeprefix("val/"): value for key, value in metrics.items() if key.startswith("val/AP")}
+    overall = [f"{name} {scores[name]:.3f}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if name in scores]
+    console.print("accuracy   " + "   ".join(overall), highlight=False)
+    table = Table("GMAC per image (1 MAC = 1 multiply-add)", "mean", "max", "min")
+    for row in report.as_table():
+        table.add_row(*row.values())
+    console.print(table)
+    console.print(
+        f"head: {report.ratio:.1%} of its full {report.full.mean / 1e9:.3f} GMAC executed, mean of "
+        f"{report.images} images",
+        highlight=False,
+    )
+    if report.open:
+        console.print(_densities(report))
+        dead = ", ".join(report.gate_name(key) for key in report.dead)
+        console.print(f"gates that never opened: {dead or 'none'}", highlight=False)
+    if folder is not None:
+        console.print(f"run folder: {folder}", highlight=False)
+
+
+def _densities(report: ComputeReport) -> Table:
+    """Open share of every gate, a row per node and path, a column per level."""
+    levels = sorted({level for _, _, level in report.open})
+    names = [report.level_names[level] if level < len(report.level_names) else f"L{level}" for level in levels]
+    table = Table("open gates", *names)
+    for node, path in dict.fromkeys((node, path) for node, path, _ in report.open):
+        shares = [report.open.get((node, path, level)) for level in levels]
+        table.add_row(f"{node}.{path}", *("-" if share is None else f"{share:.1%}" for share in shares))
+    return table
