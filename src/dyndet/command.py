@@ -14,8 +14,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dyndet.config import explain
+from dyndet.config import CONFIG_MODULE, explain
 from dyndet.errors import UserError
+
+_HARMLESS = (
+    ".*does not have many workers.*",
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning with the newest torch
+    ".*dataloader is not resumable.*",  # it is: see data/sampler.py
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
+)
 
 
 def latest_run(name: str, root: str = "outputs") -> Path | None:
@@ -41,9 +48,10 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions through to the handler below
-    logging.captureWarnings(True)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    main = hydra.main(version_base="1.3", config_path=f"pkg://{'dyndet.conf'}", config_name=config_name)(task)
+    for harmless in _HARMLESS:
+        warnings.filterwarnings("ignore", message=harmless)
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
+    main = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(task)
     try:
         main()
     except UserError as error:

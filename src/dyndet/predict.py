@@ -81,7 +81,7 @@ def find_images(source: str) -> list[Path]:
         UserError: if there are none.
     """
     path = Path(source)
-    found = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else map(Path, glob.glob(source))
+    found = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else map(Path, glob.glob(source))  # noqa: PTH207 - absolute globs too
     images = sorted(item for item in found if item.suffix.lower() in SUFFIXES)
     if not images:
         raise UserError(f"source={source}: no images there; give an image, a folder of images or a quoted glob")

@@ -140,6 +140,11 @@ class Batch:
     images: ImageBatch
     targets: list[Target]
 
+    def pin_memory(self) -> Batch:
+        """Page-locked pixels, so that the copy to a GPU does not wait; called by data loaders."""
+        images = self.images
+        return Batch(ImageBatch(images.pixels.pin_memory(), images.sizes, images.original_sizes), self.targets)
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.images.to(device), [target.to(device) for target in self.targets])
 

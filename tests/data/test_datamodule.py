@@ -14,11 +14,14 @@ from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.shapes import ShapesDataset
 from dyndet.data.transforms import RandomHorizontalFlip, Resize
 from dyndet.errors import DataError, UserError
+from dyndet.lightning.callbacks import ExactResume
 from dyndet.structures import Batch, Category
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3
+OFF = ("logger", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
+QUIET: dict[str, Any] = {"accelerator": "cpu"} | dict.fromkeys(OFF, False)
 
 
 def data(**changes: Any) -> DetectionDataModule:
@@ -69,40 +72,29 @@ class Learner(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def weights(self) -> str:
-        blob = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
-        return hashlib.sha1(blob).hexdigest()
+        return hashlib.sha1(b"".join(p.detach().numpy().tobytes() for p in self.parameters())).hexdigest()
 
 
-class PowerCut(Exception):
-    pass
+class PowerCutError(Exception): ...
 
 
 class Interrupt(Callback):
     """Writes a checkpoint in a hook after so many steps, then stops the process as a crash would."""
 
     def __init__(self, path: Any, step: int, hook: str) -> None:
-        self.path, self.step = path, step
-        setattr(self, hook, self._cut)
+        def cut(trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == step:
+                trainer.save_checkpoint(path)
+                raise PowerCutError
 
-    def _cut(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and not trainer.sanity_checking:
-            trainer.save_checkpoint(self.path)
-            raise PowerCut
+        setattr(self, hook, cut)
 
 
 def fit(module: DetectionDataModule, *callbacks: Callback, ckpt: Any = None, **trainer: Any) -> Learner:
     learner = Learner()
-    options: dict[str, Any] = {"max_epochs": EPOCHS, "num_sanity_val_steps": 0} | trainer
-    Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-        **options,
-    ).fit(learner, module, ckpt_path=ckpt, weights_only=None if ckpt is None else True)
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    options = QUIET | {"max_epochs": EPOCHS, "num_sanity_val_steps": 0, "enable_checkpointing": saves} | trainer
+    Trainer(callbacks=list(callbacks), **options).fit(learner, module, ckpt_path=ckpt, weights_only=ckpt and True)
     return learner
 
 
@@ -114,7 +106,7 @@ def uninterrupted() -> Learner:
 
 
 def check_resume(whole: Learner, path: Any, step: int, hook: str, *, num_workers: int = 0, **trainer: Any) -> None:
-    with pytest.raises(PowerCut):
+    with pytest.raises(PowerCutError):
         fit(data(num_workers=num_workers), Interrupt(path, step, hook), **trainer)
     torch.rand(7)  # the new process has another global random state
     resumed = fit(data(num_workers=num_workers), ckpt=path, **trainer)
@@ -144,17 +136,18 @@ def test_resume_from_any_hook(uninterrupted, tmp_path, hook, step, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 8])
-def test_resume_with_workers(uninterrupted, tmp_path, step):
+def test_workers_change_nothing(uninterrupted, tmp_path, step):
+    assert fit(data(num_workers=2)).seen == uninterrupted.seen
     check_resume(uninterrupted, tmp_path / "cut.ckpt", step, "on_train_batch_end", num_workers=2)
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 6), (4, 5), (4, 8), (4, 10)])
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 6), (4, 5), (4, 8), (4, 10), (8, 11)])
 def test_resume_of_a_resumed_run(uninterrupted, tmp_path, first, second):
-    with pytest.raises(PowerCut):
-        fit(data(), Interrupt(tmp_path / "1.ckpt", first, "on_train_batch_end"))
-    with pytest.raises(PowerCut):
-        fit(data(), Interrupt(tmp_path / "2.ckpt", second, "on_train_batch_end"), ckpt=tmp_path / "1.ckpt")
-    resumed = fit(data(), ckpt=tmp_path / "2.ckpt")
+    paths = tmp_path / "1.ckpt", tmp_path / "2.ckpt"
+    for step, path, ckpt in ((first, paths[0], None), (second, paths[1], paths[0])):
+        with pytest.raises(PowerCutError):
+            fit(data(), ExactResume(), Interrupt(path, step, "on_train_batch_end"), ckpt=ckpt)
+    resumed = fit(data(), ExactResume(), ckpt=paths[1])
     assert resumed.seen == uninterrupted.seen[second:]
     assert resumed.weights() == uninterrupted.weights()
 
@@ -166,31 +159,25 @@ def test_a_finished_run_goes_on_with_the_next_epoch(uninterrupted, tmp_path):
     assert resumed.weights() == uninterrupted.weights()
 
 
-def test_short_epochs_resume(tmp_path):
+@pytest.mark.parametrize("step", [3, 5])
+def test_short_epochs_resume(tmp_path, step):
     whole = fit(data(), limit_train_batches=3)
-    check_resume(whole, tmp_path / "cut.ckpt", 3, "on_train_batch_end", limit_train_batches=3)
-    check_resume(whole, tmp_path / "cut.ckpt", 5, "on_train_batch_end", limit_train_batches=3)
+    check_resume(whole, tmp_path / "cut.ckpt", step, "on_train_batch_end", limit_train_batches=3)
 
 
 def test_a_changed_recipe_is_reported(tmp_path):
-    with pytest.raises(PowerCut):
+    with pytest.raises(PowerCutError):
         fit(data(), Interrupt(tmp_path / "cut.ckpt", 2, "on_train_batch_end"))
     with pytest.warns(UserWarning, match="batch_size was 4 and is 3"):
         fit(data(batch_size=3), ckpt=tmp_path / "cut.ckpt")
 
 
 def test_evaluating_a_checkpoint_does_not_start_training_in_its_middle(uninterrupted, tmp_path):
-    with pytest.raises(PowerCut):
+    with pytest.raises(PowerCutError):
         fit(data(), Interrupt(tmp_path / "cut.ckpt", 2, "on_train_batch_end"))
     module = data()
-    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    Trainer(**options).validate(Learner(), module, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
+    Trainer(**QUIET).validate(Learner(), module, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
     assert fit(module).seen == uninterrupted.seen
-
-
-@pytest.mark.slow
-def test_workers_do_not_change_what_is_seen(uninterrupted):
-    assert fit(data(num_workers=2)).seen == uninterrupted.seen
 
 
 def test_epochs_and_seeds_differ(uninterrupted):
@@ -211,8 +198,21 @@ def test_prediction_sees_every_validation_image_once():
         def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
             return [target.image_id for target in batch.targets]
 
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    assert trainer.predict(Predictor(), data(val_batch_size=2)) == [[0, 1], [2, 3], [4]]
+    assert Trainer(**QUIET).predict(Predictor(), data(val_batch_size=2)) == [[0, 1], [2, 3], [4]]
+
+
+def test_ranks_share_the_work(monkeypatch):
+    module = built(val_batch_size=1)
+    train, val = [], []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        train.append([target.image_id for batch in module.train_dataloader() for target in batch.targets])
+        val.append([target.image_id for batch in module.val_dataloader() for target in batch.targets])
+    assert val == [[0, 2, 4], [1, 3]]
+    assert [len(ids) for ids in train] == [8, 8]
+    assert len({*train[0], *train[1]}) == 16
 
 
 def test_only_the_needed_split_is_built():
@@ -255,23 +255,19 @@ def test_batches_hold_one_aspect():
                 sample.image = sample.image.transpose(1, 2)
             return sample
 
-    def shapes(**changes: Any) -> set[tuple[int, ...]]:
+    def padded_sizes(**changes: Any) -> set[tuple[int, ...]]:
         module = built(train=Mixed(), train_transform=None, **changes)
         batches = list(module.train_dataloader())
         assert sorted(target.image_id for batch in batches for target in batch.targets) == list(range(24))
         return {tuple(batch.images.pixels.shape[-2:]) for batch in batches}
 
-    assert shapes(group_by_aspect=True) == {(32, 64), (64, 32)}
-    assert (64, 64) in shapes()
+    assert padded_sizes(group_by_aspect=True) == {(32, 64), (64, 32)}
+    assert (64, 64) in padded_sizes()
 
 
-def test_a_wrong_number_of_classes_says_what_to_set():
-    message = "the data has 3 categories but num_classes is 80: set data.num_classes=3"
-    with pytest.raises(UserError, match=message):
+def test_categories_must_fit():
+    with pytest.raises(UserError, match=r"the data has 3 categories but num_classes is 80: set data.num_classes=3"):
         built(num_classes=80)
-
-
-def test_splits_must_agree_on_categories():
     other = ShapesDataset(length=3, size=32)
     other.categories = [Category(7, "circle"), *other.categories[1:]]
     with pytest.raises(UserError, match=r"train and val splits must list the same categories.*1 circle.*7 circle"):
@@ -288,6 +284,6 @@ def test_empty_splits_and_too_large_batches_are_errors():
 
 def test_batches_move_between_devices():
     module = built()
-    batch = next(iter(module.val_dataloader()))
+    (batch, _) = module.val_dataloader()
     moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
     assert moved.images.pixels.device.type == moved.targets[0].boxes.device.type == "meta"

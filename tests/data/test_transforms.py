@@ -75,17 +75,33 @@ def test_shortest_edge_rule_matches_the_float_rule(height, width, short, max_siz
     assert actual.max() <= max_size
 
 
-@given(st.integers(64, 200), st.integers(64, 200), st.integers(0, 5), st.booleans())
+sizes = st.tuples(st.integers(48, 200), st.integers(48, 200))
+
+
+@given(sizes, st.integers(0, 5), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_masks_and_boxes_move_together(height, width, index, mirrored):
-    sample = resize(shapes(index=index), (height, width))
+def test_shapes_stay_in_their_boxes(size, index, mirrored):
+    sample = resize(shapes(index=index), size)
     sample = flip(sample) if mirrored else sample
     assert sample.target.masks is not None
-    assert sample.image.shape[-2:] == sample.target.masks.shape[-2:] == (height, width)
-    # Nearest resampling rounds an edge, and drops a tip one pixel wide when it makes the image smaller.
-    error = tight_boxes(sample.target.masks) - sample.target.boxes
-    assert error.abs().max() <= 2
-    assert error.abs().mean() <= 0.75
+    assert sample.image.shape[-2:] == sample.target.masks.shape[-2:] == size
+    # A tip one pixel wide may be lost, but nothing may lie outside by more than the rounding of an edge.
+    beyond = (tight_boxes(sample.target.masks) - sample.target.boxes) * torch.tensor([-1, -1, 1, 1])
+    assert beyond.max() <= 0.5
+    assert beyond.median() > -2
+
+
+@given(sizes, st.integers(0, 80), st.integers(0, 60), st.integers(8, 40), st.integers(8, 30), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_rectangles_and_boxes_move_together(size, x, y, width, height, mirrored):
+    target = shapes().target
+    target.boxes = torch.tensor([[x, y, x + width, y + height]], dtype=torch.float32)
+    target.masks = torch.zeros(1, 96, 128, dtype=torch.bool)
+    target.masks[:, y : y + height, x : x + width] = True
+    sample = resize(Sample(shapes().image, target), size)
+    sample = flip(sample) if mirrored else sample
+    assert sample.target.masks is not None
+    assert (tight_boxes(sample.target.masks) - sample.target.boxes).abs().max() <= 0.5
 
 
 def test_boxes_scale_by_the_exact_ratios():

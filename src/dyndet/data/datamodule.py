@@ -46,6 +46,7 @@ class DetectionDataModule(LightningDataModule):
         pin_memory: page-locked batches; when CUDA is there if None.
         max_train: use only so many training images, spread evenly over the set.
         max_val: the same for validation.
+        hint: what to do when the data cannot be found; added to that error.
     """
 
     # With more processes than evaluation images, some processes have none.
@@ -69,6 +70,7 @@ class DetectionDataModule(LightningDataModule):
         pin_memory: bool | None = None,
         max_train: int | None = None,
         max_val: int | None = None,
+        hint: str = "",
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -84,6 +86,7 @@ class DetectionDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.max_train = max_train
         self.max_val = max_val
+        self.hint = hint
         self._sources = {"train": train, "val": val}
         self._splits: dict[str, DetectionDataset] = {}
         self._sampler: KeyedSampler | None = None
@@ -185,7 +188,10 @@ class DetectionDataModule(LightningDataModule):
         if name in self._splits:
             return
         source = self._sources[name]
-        split = source() if callable(source) else source
+        try:
+            split = source() if callable(source) else source
+        except DataError as error:
+            raise DataError(f"{error} {self.hint}".rstrip()) from error
         if limit is not None and limit < len(split):
             split = Subset(split, [i * len(split) // limit for i in range(limit)])
         if not len(split):

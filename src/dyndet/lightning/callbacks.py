@@ -12,10 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 
-class ResumeRandomState(Callback):
-    """Stores torch's random state in checkpoints and restores it at the first training batch after a resume.
+class ExactResume(Callback):
+    """Makes a resumed run continue as if it had never stopped (with the samplers of `DetectionDataModule`).
 
-    Restoring any earlier would not hold: building data iterators draws from the same generator.
+    Torch's random state is stored in checkpoints and restored at the first training batch after a resume; any earlier
+    would not hold, since building data iterators draws from the same generator. And an epoch that Lightning forgets to
+    count as begun, when it resumes from the last batch of the epoch before, is counted.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,11 @@ class ResumeRandomState(Callback):
         self._pending = state_dict
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        epochs = trainer.fit_loop.epoch_progress
+        counts = epochs.state_dict()["current"]
+        if counts["ready"] == counts["processed"]:
+            epochs.increment_ready()
+            epochs.increment_started()
         if self._pending is None:
             return
         torch.set_rng_state(self._pending["cpu"].cpu())

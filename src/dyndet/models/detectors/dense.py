@@ -29,7 +29,7 @@ class DenseDetector(nn.Module):
         predictor: `HeadOutput` -> raw maps, losses, detections.
         budget: prices the head's routing in `losses`; None leaves it free.
         precision: dtype name per part ("backbone", "neck", "head", "predictor") to run it in under autocast, for
-            instance {"neck": "bfloat16", "head": "bfloat16"}; parts not named follow the surrounding precision.
+            instance {"neck": "bfloat16", "head": "bfloat16"}; parts without one follow the surrounding precision.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DenseDetector(nn.Module):
         head: nn.Module,
         predictor: nn.Module,
         budget: Budget | None = None,
-        precision: Mapping[str, str] | None = None,
+        precision: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
         self.preprocess = preprocess
@@ -50,10 +50,7 @@ class DenseDetector(nn.Module):
         self.head = head
         self.predictor = predictor
         self.budget = budget
-        self.precision = {part: getattr(torch, name) for part, name in (precision or {}).items()}
-        unknown = set(self.precision) - {"backbone", "neck", "head", "predictor"}
-        if unknown:
-            raise ValueError(f"precision names unknown parts {sorted(unknown)}: use backbone, neck, head, predictor")
+        self.precision = _dtypes(precision or {})
 
     @property
     def strides(self) -> list[int]:
@@ -147,6 +144,17 @@ class DenseDetector(nn.Module):
             yield
 
 
+def _dtypes(precision: Mapping[str, str | None]) -> dict[str, torch.dtype]:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    chosen = {part: name for part, name in precision.items() if name is not None}
+    for part, name in chosen.items():
+        if part not in ("backbone", "neck", "head", "predictor") or name not in known:
+            raise ValueError(
+                f"precision {part}={name}: parts are backbone, neck, head, predictor; values {', '.join(known)}"
+            )
+    return {part: known[name] for part, name in chosen.items()}
+
+
 def assemble_dense(
     *,
     preprocess: Preprocess,
@@ -155,7 +163,7 @@ def assemble_dense(
     head: Callable[..., nn.Module],
     predictor: Callable[..., nn.Module],
     budget: Budget | None = None,
-    precision: Mapping[str, str] | None = None,
+    precision: Mapping[str, str | None] | None = None,
 ) -> DenseDetector:
     """Builds a `DenseDetector` from parts that wait for the widths and strides of the part before them.
 

@@ -19,7 +19,8 @@ def restricted_tanh(logits: Tensor, tau: float = 1.5) -> Tensor:
     tau = 0 is the plain restricted tanh max(0, tanh v).
     """
     shift = math.tanh(tau)
-    return ((torch.tanh(logits - tau) + shift) / (1 + shift)).clamp(min=0)
+    # The product makes closed exact: around v = 0 the two tanh may round to different values.
+    return ((torch.tanh(logits - tau) + shift) / (1 + shift)).clamp(min=0) * (logits > 0)
 
 
 class GateActivation(Protocol):

@@ -91,7 +91,7 @@ class FCOS(nn.Module):
         self.ignore_padding = ignore_padding
 
     def forward(self, head: HeadOutput) -> RawMaps:
-        """Per level logits `cls` (B, K, H, W), `box` (B, 4, H, W) before activation, logits `centerness` (B, 1, H, W)."""
+        """Per level `cls` (B, K, H, W) logits, `box` (B, 4, H, W) unactivated, `centerness` (B, 1, H, W) logits."""
         maps = []
         for level, (cls, reg) in enumerate(zip(head.cls, head.reg, strict=True)):
             box = self.box(reg) * self.scales[level]

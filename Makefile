@@ -1,0 +1,42 @@
+# Everything installs into .venv; nothing but Python >= 3.11, git and make is needed beforehand.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint types bench wheel clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  \1\t/' | expand -t 12
+
+setup: $(READY)  ## create .venv with dyndet and its development tools
+
+$(READY): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null 2>&1; then uv venv --quiet --allow-existing --python $(PYTHON) .venv; \
+	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; fi
+	@uv=$$(command -v uv || echo $(BIN)/uv); \
+	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+train: $(READY)  ## train the dynamic detector on generated shapes (ARGS="key=value ..." overrides)
+	$(BIN)/python -m dyndet.train +experiment=shapes_dyn $(ARGS)
+
+test: $(READY)  ## run the tests (ARGS="-m 'not slow'" for a quick round)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## ruff: style and formatting
+	$(BIN)/ruff check src kernels scripts tests
+	$(BIN)/ruff format --check src kernels scripts tests
+
+types: $(READY)  ## pyright
+	$(BIN)/pyright
+
+bench: $(READY)  ## dense against sparse execution on this machine
+	$(BIN)/python scripts/bench_sparse.py $(ARGS)
+
+wheel: $(READY)  ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --installer uv
+
+clean:  ## remove what make and runs have made, except outputs/
+	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis

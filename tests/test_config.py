@@ -1,0 +1,93 @@
+"""Experiments compose and build; mistakes are answered in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from dyndet import build_detector
+from dyndet.config import compose_experiment
+from dyndet.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_builds(experiment: str) -> None:
+    config = compose_experiment(experiment)
+    assert config.name == experiment
+    with torch.device("meta"):
+        detector = build_detector(experiment)
+    assert detector.predictor.num_classes == config.data.num_classes
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_target_exists(path: Path) -> None:
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            if "_target_" in node:
+                get_object(node["_target_"])
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    walk(OmegaConf.to_container(config, resolve=False))
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if not name.endswith(("r50", "r101"))])
+def test_an_experiment_is_a_short_diff(experiment: str) -> None:
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert len(lines) <= 16
+
+
+def test_lambda_is_the_published_one() -> None:
+    published = {"fcos_d8_dyn": 0.1, "fcos_d8_dyn_low": 0.8, "fcos_d8_dyn_high": 0.0, "fcos_d4_dyn": 0.1}
+    for experiment, weight in published.items():
+        config = compose_experiment(experiment)
+        assert config.budget.weight == weight
+        assert config.budget.scale_gradient == "published"
+        assert config.head.activation.tau == 1.5 and config.head.openness == 0.99
+
+
+@pytest.mark.parametrize(
+    ("experiment", "overrides", "words"),
+    [
+        ("fcos_d8_dny", [], ["no experiment 'fcos_d8_dny'", "Did you mean 'fcos_d8_dyn'"]),
+        (None, ["head.dpeth=3"], ["no key 'head.dpeth'", "Did you mean 'head.depth'"]),
+        (None, ["head=no_head"], ["no head 'no_head'", "fine_grained"]),
+        (None, ["head.norm_stats=foo"], ["norm_stats must be one of active, dense, published"]),
+        (None, ["backbone.name=resnet51"], ["timm has no model 'resnet51'", "backbone.name"]),
+        (None, ["backbone.weights=/no/such/file.pth"], ["no weight file at /no/such/file.pth", "backbone.weights"]),
+        (None, ["backbone.strides=[3]"], ["has strides", "backbone.strides"]),
+        (None, ["precision.head=bf16"], ["precision head=bf16", "bfloat16"]),
+        (None, ["precision.tail=bfloat16"], ["no key 'precision.tail'"]),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(experiment: str | None, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        build_detector(experiment, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_building_a_detector_never_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    seen = []
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **kw: seen.append(kw) or original(name, **kw))
+    with torch.device("meta"):
+        build_detector("fcos_r50")
+    assert seen
+    assert not any(kw.get("pretrained") for kw in seen)
