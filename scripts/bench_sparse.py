@@ -34,7 +34,8 @@ def seconds(run: Callable[[], Tensor]) -> float:
 
 def compare(dense: Callable[[], Tensor], sparse: Callable[[], Tensor], rounds: int) -> float:
     """Median of dense time / sparse time, each pair measured back to back."""
-    dense(), sparse()
+    for warm_up in (dense, sparse):
+        warm_up()
     return statistics.median(seconds(dense) / seconds(sparse) for _ in range(rounds))
 
 

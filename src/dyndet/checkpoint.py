@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from dyndet.command import latest_run
@@ -50,7 +50,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     prefix = "detector."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     return Checkpoint(
-        OmegaConf.create(extra["config"]), [Category(item["id"], item["name"]) for item in extra["categories"]], weights
+        DictConfig(extra["config"]), [Category(item["id"], item["name"]) for item in extra["categories"]], weights
     )
 
 

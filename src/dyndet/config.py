@@ -29,12 +29,20 @@ def compose_experiment(experiment: str | None = None, overrides: Sequence[str] =
     Raises:
         UserError: on an unknown experiment or key.
     """
-    arguments = [*([] if experiment is None else [f"+experiment={experiment}"]), *overrides]
+    return compose_command("train", [*([] if experiment is None else [f"+experiment={experiment}"]), *overrides])
+
+
+def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
+    """The configuration of `python -m dyndet.COMMAND arguments...`, inside or outside a running command.
+
+    Raises:
+        UserError: on an unknown key or option.
+    """
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            return compose("train", overrides=arguments)
+            return compose(command, overrides=list(arguments))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, arguments)) from error
     finally:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from dyndet.api import detector_from
@@ -15,30 +13,10 @@ from dyndet.checkpoint import read_checkpoint
 from dyndet.command import run
 from dyndet.config import build, fill
 from dyndet.errors import UserError
-from dyndet.lightning.callbacks import Progress
+from dyndet.lightning.callbacks import Collect, Progress
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.export import write_results
 from dyndet.report.summary import print_summary
-from dyndet.structures import Batch, Detections, Target
-
-
-class Collect(Callback):
-    """Keeps every detection with the target it belongs to, and the seconds that validation took."""
-
-    def __init__(self) -> None:
-        self.detections: list[Detections] = []
-        self.targets: list[Target] = []
-        self.seconds = 0.0
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *args: Any
-    ) -> None:
-        self.seconds += time.perf_counter() - self._started
-        self.detections += [item.to("cpu") for item in outputs["detections"]]
-        self.targets += batch.targets
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from dyndet.checkpoint import resume_path
 from dyndet.command import run
@@ -31,13 +32,13 @@ def train(config: DictConfig) -> dict[str, float]:
         categories=data.categories,
         optimizer=build(config.optim.optimizer),
         schedule=build(config.optim.schedule),
-        config=OmegaConf.to_container(config),  # unresolved, so that keys can still be overridden later
+        config=cast(dict[str, Any], OmegaConf.to_container(config)),  # unresolved: keys can be overridden later
     )
     if config.channels_last:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        nn.Module.to(module, memory_format=torch.channels_last)
     if config.compile:
-        for part in (module.detector.backbone, module.detector.neck):
-            part.compile()  # type: ignore[union-attr,operator]
+        for name in ("backbone", "neck"):  # static graphs; the head routes
+            module.detector.get_submodule(name).compile()
     loggers = [build(item) for item in config.logger.values()]
     callbacks = [build(item) for item in config.callbacks.values() if item is not None]
     trainer: Trainer = build(config.trainer)(logger=loggers, callbacks=callbacks)

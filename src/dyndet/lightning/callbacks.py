@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+
+from dyndet.structures import Batch, Detections, Target
 
 
 class ExactResume(Callback):
@@ -72,3 +75,31 @@ class Progress(RichProgressBar):
             if key in trainer.callback_metrics:
                 items[name] = float(trainer.callback_metrics[key])
         return items
+
+
+class Collect(Callback):
+    """Keeps every detection of a validation with its target, and the seconds that the steps took."""
+
+    def __init__(self) -> None:
+        self.detections: list[Detections] = []
+        self.targets: list[Target] = []
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.seconds += time.perf_counter() - self._started
+        self.detections += [item.to("cpu") for item in outputs["detections"]]
+        self.targets += [target.to("cpu") for target in batch.targets]

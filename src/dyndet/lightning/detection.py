@@ -7,18 +7,18 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.metrics.coco import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts
+from dyndet.models.detectors.base import Detector
 from dyndet.structures import Batch, Category
 
 
 class DetectionModule(LightningModule):
-    """Trains and validates any detector with `losses` and `detect_with_routing`.
+    """Trains and validates any detector.
 
     Validation logs `val/AP`, `val/AP50`, ... and the executed multiply-adds (`macs/...`, `gates/...`).
 
@@ -32,7 +32,7 @@ class DetectionModule(LightningModule):
 
     def __init__(
         self,
-        detector: nn.Module,
+        detector: Detector,
         *,
         categories: Sequence[Category],
         optimizer: Callable[..., Optimizer] | None = None,
@@ -46,11 +46,11 @@ class DetectionModule(LightningModule):
         self.build_schedule = schedule
         self.config = config
         self.ap = CocoMetric(self.categories)
-        self.compute = ComputeMeter(strides=detector.strides)  # type: ignore[arg-type]
+        self.compute = ComputeMeter(strides=detector.strides)
         self.static = StaticCosts(detector)
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        losses = self.detector.losses(batch.images, batch.targets)  # type: ignore[operator]
+        losses = self.detector.losses(batch.images, batch.targets)
         size = len(batch.targets)
         self.log("train/loss", losses.total.detach(), prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.terms.items()}, batch_size=size)
@@ -61,7 +61,7 @@ class DetectionModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Updates the metrics; callbacks get the `detections` and the `routing` of the batch."""
-        detections, routing = self.detector.detect_with_routing(batch.images)  # type: ignore[operator]
+        detections, routing = self.detector.detect_with_routing(batch.images)
         self.ap.update(detections, batch.targets, batch.images.sizes)
         sizes = batch.images.sizes.tolist()
         self.compute.update(routing, [self.static(size, routed=routing is not None) for size in sizes])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
+from dyndet.models.detectors.base import Detector
 from dyndet.ops.flops import count_macs
 
 
@@ -15,9 +14,9 @@ class StaticCosts:
     Sizes are rounded up to the detector's padding divisor: what a batch of this one image would be padded to.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: Detector) -> None:
         self._detector = detector
-        self._divisor: int = detector.preprocess.divisor  # type: ignore[union-attr,assignment]
+        self._divisor = detector.preprocess.divisor
         self._known: dict[tuple[int, int], dict[str, int]] = {}
 
     def __call__(self, size: Sequence[int], *, routed: bool) -> dict[str, int]:

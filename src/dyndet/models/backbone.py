@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -57,8 +57,8 @@ class TimmBackbone(nn.Module):
             raise UserError(f"backbone {name} has strides {available}, not {missing}: set backbone.strides")
         indices = tuple(available.index(stride) for stride in strides)
         self.body = _create(name, features_only=True, out_indices=indices, pretrained=str(weights) == "timm")
-        info = self.body.feature_info
-        self.channels: list[int] = list(info.channels())  # type: ignore[union-attr,operator]
+        info: Any = self.body.feature_info
+        self.channels: list[int] = list(info.channels())
         self.strides: list[int] = list(strides)
         self.norm = norm
         if stride_in_1x1:
@@ -89,7 +89,7 @@ class TimmBackbone(nn.Module):
         return [layer for layer in self.body.modules() if isinstance(layer, _BatchNorm)]
 
 
-def _create(name: str, **kwargs: object) -> nn.Module:
+def _create(name: str, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except RuntimeError as error:
@@ -110,15 +110,17 @@ def _create(name: str, **kwargs: object) -> nn.Module:
 def _feature_strides(name: str) -> list[int]:
     with torch.device("meta"):
         model = _create(name, features_only=True, pretrained=False)
-    return list(model.feature_info.reduction())  # type: ignore[union-attr,operator]
+    info: Any = model.feature_info
+    return list(info.reduction())
 
 
 def _move_strides(body: nn.Module) -> None:
     moved = 0
     for block in body.modules():
         conv1, conv2 = getattr(block, "conv1", None), getattr(block, "conv2", None)
-        bottleneck = isinstance(conv1, nn.Conv2d) and isinstance(conv2, nn.Conv2d) and conv1.kernel_size == (1, 1)
-        if bottleneck and conv2.stride == (2, 2):
+        if not (isinstance(conv1, nn.Conv2d) and isinstance(conv2, nn.Conv2d)):
+            continue
+        if conv1.kernel_size == (1, 1) and conv2.stride == (2, 2):
             conv1.stride, conv2.stride = (2, 2), (1, 1)
             moved += 1
     if not moved:

@@ -20,6 +20,9 @@ class Preprocess(nn.Module):
         divisor: images are padded to a multiple of this when a batch is made from single images.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         *,
@@ -40,7 +43,7 @@ class Preprocess(nn.Module):
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         if self.bgr:
             scaled = scaled.flip(1)
-        normal = (scaled - self.mean) / self.std  # type: ignore[operator]
+        normal = (scaled - self.mean) / self.std
         height, width = pixels.shape[-2:]
         if bool((images.sizes == torch.tensor([height, width])).all()):
             return normal

@@ -25,8 +25,10 @@ class Staged(Protocol):
 
     def stages(self, pixels: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]: ...
 
+    def to(self, device: str) -> Any: ...
 
-def count_macs(detector: torch.nn.Module, size: Size) -> dict[str, int]:
+
+def count_macs(detector: Staged, size: Size) -> dict[str, int]:
     """Multiply-adds of a dense pass over one image, at exactly this size, with every gate open.
 
     Nothing is computed: the detector is copied to the meta device.
@@ -42,7 +44,7 @@ def count_macs(detector: torch.nn.Module, size: Size) -> dict[str, int]:
     pixels = torch.empty(1, 3, *size, device="meta")
     counts: dict[str, int] = {}
     with torch.no_grad():
-        for name, run in shell.stages(pixels):  # type: ignore[operator]
+        for name, run in shell.stages(pixels):
             with FlopCounterMode(display=False) as counter:
                 run()
             counts[name] = counter.get_total_flops() // 2

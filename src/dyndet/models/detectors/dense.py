@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
+from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images, Predictor, RawMaps
+from dyndet.models.necks.fpn import FPN
 from dyndet.models.preprocess import Preprocess
 from dyndet.ops.grid import valid_masks
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Size, Target
 
-Images = ImageBatch | Tensor | Sequence[Tensor]
-"""A batch; (B, 3, H, W); or single (3, H, W) images of any sizes. RGB, uint8 0..255 or float 0..1."""
 
-
-class DenseDetector(nn.Module):
+class DenseDetector(Detector):
     """Any head between any pyramid and any dense predictor.
 
     Args:
@@ -32,14 +32,19 @@ class DenseDetector(nn.Module):
             instance {"neck": "bfloat16", "head": "bfloat16"}; parts without one follow the surrounding precision.
     """
 
+    backbone: FeatureMaps
+    neck: FeatureMaps
+    head: Head
+    predictor: Predictor
+
     def __init__(
         self,
         *,
         preprocess: Preprocess,
-        backbone: nn.Module,
-        neck: nn.Module,
-        head: nn.Module,
-        predictor: nn.Module,
+        backbone: FeatureMaps,
+        neck: FeatureMaps,
+        head: Head,
+        predictor: Predictor,
         budget: Budget | None = None,
         precision: Mapping[str, str | None] | None = None,
     ) -> None:
@@ -54,49 +59,31 @@ class DenseDetector(nn.Module):
 
     @property
     def strides(self) -> list[int]:
-        """Pixels per position of every level."""
-        return self.neck.strides  # type: ignore[return-value]
+        return self.neck.strides
 
     def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
-        """Detection losses and, where something was routed, the budget; call it in training mode.
-
-        Args:
-            images: see `Images`.
-            targets: per image, boxes in pixels of `images`; a `Target`, or a dict with `boxes` and `labels`.
-        """
         batch = self._batch(images)
         features, valid = self._features(batch)
         output = self._head(features, valid)
         device = batch.pixels.device
         wanted = [Target.of(target).without_crowd().to(device) for target in targets]
-        terms = self.predictor.losses(self._predict(output), wanted, valid)  # type: ignore[operator]
+        terms = self.predictor.losses(self._predict(output), wanted, valid)
         if self.budget is not None and output.routing is not None:
             terms["budget"] = self.budget(output.routing)
         return Losses(terms, output.routing)
 
-    def detect(self, images: Images) -> list[Detections]:
-        """Detections per image, in pixels of the original images; call it in eval mode."""
-        return self.detect_with_routing(images)[0]
-
     @torch.no_grad()
     def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
-        """Detections, and what the head decided on the way."""
         batch = self._batch(images)
         features, valid = self._features(batch)
         output = self._head(features, valid)
-        return self.predictor.detections(self._predict(output), batch), output.routing  # type: ignore[operator]
+        return self.predictor.detections(self._predict(output), batch), output.routing
 
-    def raw_outputs(self, images: Images) -> list[dict[str, Tensor]]:
-        """The predictor's maps per level before decoding (for FCOS `cls`, `box`, `centerness`)."""
+    def raw_outputs(self, images: Images) -> RawMaps:
         features, valid = self._features(self._batch(images))
         return self._predict(self._head(features, valid))
 
     def stages(self, pixels: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """The parts in order, each as a call on what came before: for counting and timing a dense pass.
-
-        Args:
-            pixels: (B, 3, H, W) network input, already preprocessed.
-        """
         value: Any = pixels
         for name, part in (
             ("backbone", self.backbone),
@@ -106,7 +93,7 @@ class DenseDetector(nn.Module):
         ):
             results: list[Any] = []
 
-            def run(part: nn.Module = part, value: Any = value, results: list[Any] = results) -> None:
+            def run(part: Callable[[Any], Any] = part, value: Any = value, results: list[Any] = results) -> None:
                 results.append(part(value))
 
             yield name, run
@@ -130,7 +117,7 @@ class DenseDetector(nn.Module):
         with self._autocast("head", features[0]):
             return self.head(features, valid)
 
-    def _predict(self, output: HeadOutput) -> list[dict[str, Tensor]]:
+    def _predict(self, output: HeadOutput) -> RawMaps:
         with self._autocast("predictor", output.cls[0]):
             return self.predictor(output)
 
@@ -158,10 +145,10 @@ def _dtypes(precision: Mapping[str, str | None]) -> dict[str, torch.dtype]:
 def assemble_dense(
     *,
     preprocess: Preprocess,
-    backbone: nn.Module,
-    neck: Callable[..., nn.Module],
-    head: Callable[..., nn.Module],
-    predictor: Callable[..., nn.Module],
+    backbone: TimmBackbone,
+    neck: Callable[..., FPN],
+    head: Callable[..., Head],
+    predictor: Callable[..., Predictor],
     budget: Budget | None = None,
     precision: Mapping[str, str | None] | None = None,
 ) -> DenseDetector:

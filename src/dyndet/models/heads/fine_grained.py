@@ -55,13 +55,13 @@ class FineGrainedNode(nn.Module):
         self.scale_weight = nn.Parameter(torch.zeros(1))
         gated = {"both": ("down", "up", "depth"), "scale": ("down", "up"), "depth": ("depth",), "none": ()}[gating]
         bias = activation.logit(openness)
-        self.gates = nn.ModuleDict(
-            {path: GateConv(channels, kernel=gate_kernel, bias=bias, coarse=coarse) for path in gated}
-        )
+        gates = {path: GateConv(channels, kernel=gate_kernel, bias=bias, coarse=coarse) for path in gated}
+        self.gates = nn.ModuleDict(gates)
         self.activation = activation
         self.norm_stats: NormStats = norm_stats
         self.impl: Impl = impl
         scale_costs = self.down.costs(published=cost_table == "published")
+        self.router_macs = {path: gate.macs for path, gate in gates.items()}
         self.costs = {"down": scale_costs, "up": scale_costs, "depth": self.depth.costs()}
 
     def forward(
@@ -103,8 +103,7 @@ class FineGrainedNode(nn.Module):
         return gates
 
     def _record(self, name: str, path: str, level: int, gate: Tensor, area: Tensor | None) -> PathGate:
-        router = self.gates[path].macs if path in self.gates else 0.0  # type: ignore[operator]
-        return PathGate(name, path, level, gate, self.costs[path], router, area)
+        return PathGate(name, path, level, gate, self.costs[path], self.router_macs.get(path, 0.0), area)
 
     def _scale(self, path: ScalePath, x: Tensor, gate: Tensor) -> Tensor:
         mask = gate > 0 if self.norm_stats == "active" else None

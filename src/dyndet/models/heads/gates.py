@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from dyndet.models.heads.init import fill_bias
+
 
 def restricted_tanh(logits: Tensor, tau: float = 1.5) -> Tensor:
     """Eq. 3: max(0, (tanh(v - tau) + tanh(tau)) / (1 + tanh(tau))), exactly 0 for v <= 0, below 1.
@@ -111,7 +113,7 @@ class GateConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, 1, kernel, padding=kernel // 2)
         nn.init.normal_(self.conv.weight, std=0.01)
-        nn.init.constant_(self.conv.bias, bias)  # type: ignore[arg-type]
+        fill_bias(self.conv, bias)
         self.coarse = coarse
 
     @property

@@ -10,5 +10,10 @@ def init_normal(module: nn.Module, std: float = 0.01) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=std)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            fill_bias(layer, 0.0)
+
+
+def fill_bias(conv: nn.Conv2d, value: float) -> None:
+    """Sets the bias of a convolution, where it has one."""
+    if conv.bias is not None:
+        nn.init.constant_(conv.bias, value)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyndet.models.heads.init import fill_bias
+
 
 class FPN(nn.Module):
     """1x1 laterals, nearest top-down, 3x3 outputs, and extra levels by strided convolutions.
@@ -48,7 +50,7 @@ class FPN(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_uniform_(layer.weight, a=1)  # Caffe2's Xavier
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+                fill_bias(layer, 0.0)
         self.channels = channels
         self.strides = [*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(extra_levels))]
         self.extra_source = extra_source

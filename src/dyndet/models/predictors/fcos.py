@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from dyndet.models.heads.init import init_normal
+from dyndet.models.heads.init import fill_bias, init_normal
 from dyndet.models.predictors.assign import CenterSampling
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.ops.boxes import boxes_from_ltrb, centerness_from_ltrb, iou_log_loss
@@ -37,6 +37,8 @@ class FCOS(nn.Module):
         prior: probability at which classification starts.
         centerness_on: the tower whose features centerness reads.
         box_activation: "relu" (distances in strides) or "exp" (distances in pixels).
+        initial_distance: what the box convolution's bias starts at, before the activation. Published is 0, where half
+            of all distances start without gradient; short schedules do better from a few strides.
         point_offset: where in its cell a point lies, in strides: 0 published, 0.5 elsewhere.
         assigner: which box a point answers for; None is centre sampling with radius 1.5.
         box_loss: "giou", or "iou" for -log(IoU).
@@ -55,6 +57,7 @@ class FCOS(nn.Module):
         prior: float = 0.01,
         centerness_on: Literal["reg", "cls"] = "reg",
         box_activation: Literal["relu", "exp"] = "relu",
+        initial_distance: float = 0.0,
         point_offset: float = 0.0,
         assigner: CenterSampling | None = None,
         box_loss: Literal["giou", "iou"] = "giou",
@@ -76,7 +79,8 @@ class FCOS(nn.Module):
         self.box = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
         init_normal(self)
-        nn.init.constant_(self.cls.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+        fill_bias(self.cls, -math.log((1 - prior) / prior))
+        fill_bias(self.box, initial_distance)
         self.scales = nn.Parameter(torch.ones(len(strides)))
         self.strides = list(strides)
         self.num_classes = num_classes

@@ -57,7 +57,7 @@ class Postprocess:
             scores.append(finals[index].flatten()[order])
             labels.append(order % num_classes)
         height, width = images.sizes[index].tolist()
-        limit = places.new_tensor([width, height, width, height])
+        limit = levels[0][2].new_tensor([width, height, width, height])
         clipped = torch.minimum(torch.cat(boxes).clamp(min=0), limit)
         score, label = torch.cat(scores), torch.cat(labels)
         solid = ((clipped[:, 2:] - clipped[:, :2]) > 0).all(1)

@@ -1,0 +1,90 @@
+"""What a detector is, and what its parts are: everything outside the models relies on this page alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dyndet.models.preprocess import Preprocess
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Target
+
+RawMaps = list[dict[str, Tensor]]
+"""Per level, the predictor's maps by name."""
+
+Images = ImageBatch | Tensor | Sequence[Tensor]
+"""A batch; (B, 3, H, W); or single (3, H, W) images of any sizes. RGB, uint8 0..255 or float 0..1."""
+
+
+class FeatureMaps(Protocol):
+    """What a backbone and a neck are: a call to feature maps, finest first, of known widths and strides."""
+
+    strides: list[int]
+
+    def __call__(self, inputs: Any) -> list[Tensor]: ...
+
+
+class Head(Protocol):
+    """Any head family."""
+
+    def __call__(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput: ...
+
+
+class Predictor(Protocol):
+    """Any dense predictor: the last convolutions, the losses and the decoding."""
+
+    def __call__(self, head: HeadOutput) -> RawMaps: ...
+
+    def losses(
+        self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]: ...
+
+    def detections(self, raw: RawMaps, images: ImageBatch) -> list[Detections]: ...
+
+
+class Detector(nn.Module, ABC):
+    """Images in, losses or detections out; no method returns different types by mode.
+
+    Attributes:
+        preprocess: pixels to network input.
+    """
+
+    preprocess: Preprocess
+
+    @property
+    @abstractmethod
+    def strides(self) -> list[int]:
+        """Pixels per position of every level."""
+
+    @abstractmethod
+    def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
+        """Detection losses and, where something was routed, the budget; call it in training mode.
+
+        Args:
+            images: see `Images`.
+            targets: per image, boxes in pixels of `images`; a `Target`, or a dict with `boxes` and `labels`.
+        """
+
+    @abstractmethod
+    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
+        """Detections per image, in pixels of the original images, and what was decided on the way; in eval mode."""
+
+    @abstractmethod
+    def raw_outputs(self, images: Images) -> RawMaps:
+        """The predictor's maps per level before decoding (for FCOS `cls`, `box`, `centerness`)."""
+
+    @abstractmethod
+    def stages(self, pixels: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """The parts in order, each as a call on what came before: for counting and timing a dense pass.
+
+        Args:
+            pixels: (B, 3, H, W) network input, already preprocessed.
+        """
+
+    @torch.no_grad()
+    def detect(self, images: Images) -> list[Detections]:
+        """Detections per image, in pixels of the original images; call it in eval mode."""
+        return self.detect_with_routing(images)[0]

@@ -1,0 +1,118 @@
+"""The commands as a user types them: mistakes, interruptions, several processes, sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY = [
+    "+experiment=shapes_dyn", "data.size=64", "data.train_images=24", "data.val_images=10", "data.batch_size=4",
+    "trainer.accelerator=cpu", "trainer.max_epochs=2", "head.depth=1", "neck.channels=16", "head.norm_groups=4",
+    "predictor.postprocess.score_threshold=0.01", "~callbacks.progress",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(folder: Path, name: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", f"dyndet.{name}", *arguments]
+    return subprocess.run(
+        line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.slow
+def test_without_coco_the_way_out_is_named_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    result = command(tmp_path, "train", "+experiment=fcos_d8_dyn")
+    assert_one_line(result, "instances_train2017.json", "data.root", "scripts/get_coco.py", "python -m dyndet.train")
+    assert time.monotonic() - start < 60  # 15 s on a quiet machine; tests share theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("train", ["+experiment=fcos_d8_dny"], ["fcos_d8_dny", "Did you mean 'fcos_d8_dyn'"]),
+        ("train", ["budget.wieght=1"], ["budget.wieght", "budget.weight"]),
+        ("train", ["backbone.weights=missing.pth"], ["missing.pth", "backbone.weights"]),
+        ("train", ["data.num_classes=99"], ["num_classes"]),
+        ("evaluate", ["ckpt=nowhere.ckpt"], ["nowhere.ckpt"]),
+        ("evaluate", [], ["ckpt"]),
+        ("report", ["runs=nowhere"], ["nowhere"]),
+    ],
+)
+def test_mistakes_cost_one_line(tmp_path: Path, name: str, arguments: list[str], words: list[str]) -> None:
+    assert_one_line(command(tmp_path, name, *arguments), *words)
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_a_checkpoint_and_last_continues(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "dyndet.train", *TINY, "trainer.max_epochs=200"]
+    process = subprocess.Popen(
+        line, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("outputs/*/*/checkpoints/last.ckpt")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, output
+    (run,) = tmp_path.glob("outputs/shapes_dyn/*")
+    reached = json.loads((run / "result.json").read_text())["epoch"]
+    result = command(tmp_path, "train", *TINY, f"trainer.max_epochs={reached + 3}", "ckpt_path=last")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.glob("outputs/shapes_dyn/*")] == [run.name]  # the same folder
+    assert json.loads((run / "result.json").read_text())["step"] == 6 * (reached + 3)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
+    two = ["trainer.devices=2", "trainer.strategy=ddp"]
+    result = command(tmp_path, "train", *TINY, *two)
+    assert result.returncode == 0, result.stderr
+    (run,) = tmp_path.glob("outputs/shapes_dyn/*")  # one output directory
+    trained = json.loads((run / "result.json").read_text())
+    assert trained["step"] == 6  # 24 images, 2 processes of 4
+    keys = ("val/AP", "val/AP50", "macs/head_ratio", "macs/total_mean", "macs/head_used_min")
+    for devices in (["trainer.devices=1"], two):
+        again = command(tmp_path, "evaluate", f"ckpt={run}/checkpoints/last.ckpt", "trainer.accelerator=cpu", *devices)
+        assert again.returncode == 0, again.stderr
+        newest = max((tmp_path / "outputs" / "evaluate").iterdir(), key=lambda path: path.stat().st_mtime)
+        numbers = json.loads((newest / "result.json").read_text())
+        assert {key: numbers[key] for key in keys} == pytest.approx({key: trained[key] for key in keys}, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sweep_logs_one_offline_run_with_pictures_per_job(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    result = command(
+        tmp_path, "train", "-m", *TINY, "budget.weight=0.01,1", "trainer.max_epochs=1", "logger=[csv,wandb]",
+        "logger.wandb.offline=true",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (sweep,) = tmp_path.glob("multirun/shapes_dyn/*")
+    runs = sorted(sweep.glob("*/wandb/offline-run-*"))
+    assert [run.parts[-3] for run in runs] == ["0", "1"]
+    for run in runs:
+        assert list(run.glob("files/media/images/preview*.png"))
+        assert list(run.glob("files/media/table/*gates*.json"))
+    table = command(tmp_path, "report", f"runs={sweep}")
+    assert table.returncode == 0, table.stderr
+    assert "budget.weight" in table.stdout and (sweep / "pareto.png").exists()
