@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from dyndet.checkpoint import Checkpoint, read_checkpoint
 from dyndet.config import build, compose_experiment
 from dyndet.errors import UserError
@@ -48,6 +51,8 @@ def detector_from(saved: Checkpoint, *, impl: str | None = None) -> DenseDetecto
         if "impl" not in config.head:
             raise UserError(f"impl={impl}: the head of {config.name} has no masked convolutions")
         config.head.impl = impl
-    detector = build(config.detector)
+    detector: DenseDetector = build(config.detector)
     detector.load_state_dict(saved.weights)
+    if config.channels_last:  # as in training, so that the numbers are the same to the last bit
+        nn.Module.to(detector, memory_format=torch.channels_last)
     return detector.eval()

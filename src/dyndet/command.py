@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -50,17 +52,28 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions through to the handler below
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
-    main = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(task)
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> object:
+        try:
+            return task(config)
+        # Caught here, because Hydra would announce it with a line of its own.
+        except UserError as error:
+            return _fail(str(error), verbose)
+        except OmegaConfBaseException as error:
+            return _fail(explain(error, sys.argv[1:], config_name), verbose)
+
     try:
-        main()
-    except UserError as error:
-        _fail(str(error), verbose)
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(explain(error, sys.argv[1:]), verbose)
+        _fail(explain(error, sys.argv[1:], config_name), verbose)
 
 
-def _fail(message: str, verbose: bool) -> None:
+def _fail(message: str, verbose: bool) -> NoReturn:
     if verbose:
         raise
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

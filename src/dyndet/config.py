@@ -44,7 +44,7 @@ def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return compose(command, overrides=list(arguments))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, arguments)) from error
+        raise UserError(explain(error, arguments, command)) from error
     finally:
         GlobalHydra.instance().clear()
         if running is not None:
@@ -86,8 +86,8 @@ def fill(config: DictConfig, changes: DictConfig, prefix: str) -> None:
         config[key] = value
 
 
-def explain(error: Exception, arguments: Sequence[str]) -> str:
-    """One line: what in the command line or configuration is wrong, and what was probably meant."""
+def explain(error: Exception, arguments: Sequence[str], command: str = "train") -> str:
+    """One line: what in the arguments of `python -m dyndet.COMMAND` is wrong, and what was probably meant."""
     text = str(error)
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'|In '[^']*': Could not find '([^']+)/([^'/]+)'", text)
     if isinstance(error, MissingConfigException) and missing:
@@ -97,7 +97,10 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
     wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if isinstance(error, ConfigCompositionException) and wrong:
         key = wrong.group(1)
-        return f"there is no key {key!r} to set.{_nearest(key, _keys(arguments, key))} (--cfg job prints all keys)"
+        return f"there is no key {key!r} to set.{_nearest(key, _keys(command, arguments, key))} (--cfg job prints all keys)"
+    missing_value = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing_value:
+        return f"{missing_value.group(1)} must be given: add {missing_value.group(1)}=... to the command"
     return " ".join(text.split())
 
 
@@ -113,13 +116,13 @@ def _options(group: str) -> list[str]:
     return [item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")]
 
 
-def _keys(arguments: Sequence[str], wrong: str) -> list[str]:
+def _keys(command: str, arguments: Sequence[str], wrong: str) -> list[str]:
     """All keys of the configuration without the wrong override."""
     usable = [item for item in arguments if "=" in item and item.split("=")[0].lstrip("+~") != wrong]
     try:
-        config = compose_experiment(None, usable)
+        config = compose_command(command, usable)
     except UserError:
-        config = compose_experiment()
+        config = compose_command(command)
     return _flat(OmegaConf.to_container(config, resolve=False), "")
 
 

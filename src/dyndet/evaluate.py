@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dyndet.api import detector_from
 from dyndet.checkpoint import read_checkpoint
@@ -29,7 +29,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
     module = DetectionModule(detector_from(saved, impl=config.impl), categories=data.categories)
     collected = Collect()
-    trainer: Trainer = build(OmegaConf.merge(config.trainer, {"_partial_": True}))(callbacks=[Progress(), collected])
+    trainer: Trainer = build(config.trainer)(callbacks=[Progress(), collected])
     trainer.validate(module, data, verbose=False)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     report = module.compute.compute()

@@ -50,6 +50,8 @@ def train(config: DictConfig) -> dict[str, float]:
             trainer.validate(module, data, verbose=False)
     finally:
         _close(loggers)
+    if trainer.received_sigterm:
+        raise SystemExit(143)  # what a scheduler expects of a job that it ended
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     report = module.compute.compute()
     if trainer.is_global_zero:

@@ -53,7 +53,8 @@ def test_the_wheel_trains_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     script = (
-        "import sys, runpy; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__ + repr(f)];"
+        "import sys, runpy;"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
         "import dyndet; assert dyndet.__file__.startswith(sys.argv[1]), dyndet.__file__;"
         "sys.argv = ['train', *sys.argv[2:]]; runpy.run_module('dyndet.train', run_name='__main__')"
     )

@@ -91,12 +91,20 @@ def test_two_processes_measure_what_one_measures(tmp_path: Path) -> None:
     trained = json.loads((run / "result.json").read_text())
     assert trained["step"] == 6  # 24 images, 2 processes of 4
     keys = ("val/AP", "val/AP50", "macs/head_ratio", "macs/total_mean", "macs/head_used_min")
-    for devices in (["trainer.devices=1"], two):
-        again = command(tmp_path, "evaluate", f"ckpt={run}/checkpoints/last.ckpt", "trainer.accelerator=cpu", *devices)
+
+    def evaluated(*arguments: str) -> dict[str, float]:
+        checkpoint = f"ckpt={run}/checkpoints/last.ckpt"
+        again = command(tmp_path, "evaluate", checkpoint, "trainer.accelerator=cpu", *arguments)
         assert again.returncode == 0, again.stderr
         newest = max((tmp_path / "outputs" / "evaluate").iterdir(), key=lambda path: path.stat().st_mtime)
         numbers = json.loads((newest / "result.json").read_text())
-        assert {key: numbers[key] for key in keys} == pytest.approx({key: trained[key] for key in keys}, abs=1e-6)
+        return {key: numbers[key] for key in keys}
+
+    assert evaluated(*two) == pytest.approx({key: trained[key] for key in keys}, abs=1e-6)
+    # Batches of one image, so that both see the same batches whichever way the images are dealt out.
+    together, alone = evaluated(*two, "data.batch_size=1"), evaluated("data.batch_size=1")
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert alone["val/AP"] > 0
 
 
 @pytest.mark.slow

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 from torch import Tensor
@@ -32,18 +30,11 @@ def decode_mask(segmentation: Segmentation, size: Size) -> NDArray[np.bool_]:
         raise DataError(f"segmentation is malformed ({error}): correct or remove the annotation") from error
 
 
-def decode_masks(segmentations: Sequence[Segmentation], size: Size) -> Tensor:
-    """(N, H, W) bool masks; see `decode_mask`."""
-    masks = np.zeros((len(segmentations), *size), np.bool_)
-    for mask, segmentation in zip(masks, segmentations, strict=True):
-        mask[:] = decode_mask(segmentation, size)
-    return torch.from_numpy(masks)
-
-
 def encode_mask(mask: Tensor | NDArray[np.bool_]) -> dict[str, Any]:
     """An (H, W) bool mask as compressed run lengths that json can hold."""
     code = rle.encode(np.asfortranarray(np.asarray(mask), np.uint8))
-    return {"size": [int(side) for side in code["size"]], "counts": str(code["counts"], "ascii")}
+    counts = code["counts"]
+    return {"size": list(mask.shape), "counts": counts if isinstance(counts, str) else counts.decode()}
 
 
 def _from_polygons(polygons: list[list[float]], size: Size) -> NDArray[np.bool_]:
@@ -76,7 +67,7 @@ def _from_runs(code: dict[str, Any], size: Size) -> NDArray[np.bool_]:
 
 
 def _uncompress(counts: str | bytes) -> list[int]:
-    """Runs from COCO's text: 5 bits per character (offset 48, bit 5 continues), from the third on relative to run i-2."""
+    """Runs from COCO's text: 5 bits per character (offset 48, bit 5 continues); from run 3 on, minus run i-2."""
     runs: list[int] = []
     value = shift = 0
     for byte in counts.encode() if isinstance(counts, str) else counts:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dyndet.data.images import image_size, read_image
-from dyndet.data.masks import Segmentation, decode_masks
+from dyndet.data.masks import Segmentation, decode_mask
 from dyndet.errors import DataError
 from dyndet.structures import Category, Sample, Size, Target
 
@@ -109,19 +110,29 @@ class Record:
         return record if keep.all() else record._selected(keep)
 
     def _selected(self, keep: NDArray[np.bool_]) -> Record:
-        def chosen[T: np.generic](values: NDArray[T] | None) -> NDArray[T] | None:
-            return None if values is None else values[keep]
+        arrays = ("boxes", "labels", "crowd", "areas", "annotation_ids")
+        kept = {name: getattr(self, name)[keep] for name in arrays if getattr(self, name) is not None}
+        if self.segmentations is not None:
+            kept["segmentations"] = [self.segmentations[index] for index in np.flatnonzero(keep)]
+        return replace(self, **kept)
 
-        parts = self.segmentations
-        return replace(
-            self,
-            boxes=self.boxes[keep],
-            labels=self.labels[keep],
-            crowd=self.crowd[keep],
-            areas=None if self.areas is None else self.areas[keep],
-            segmentations=None if parts is None else [parts[i] for i in np.flatnonzero(keep)],
-            annotation_ids=None if self.annotation_ids is None else self.annotation_ids[keep],
-        )
+    def masks(self) -> Tensor:
+        """(N, H, W) bool, decoded from the segmentations.
+
+        Raises:
+            DataError: if there are none or one is malformed.
+        """
+        if self.segmentations is None:
+            raise DataError(f"{self.path} has no segmentations: set load_masks=false")
+        masks = np.zeros((len(self.boxes), *self.size), np.bool_)
+        for index, segmentation in enumerate(self.segmentations):
+            try:
+                masks[index] = decode_mask(segmentation, self.size)
+            except DataError as error:
+                ids = self.annotation_ids
+                name = f"object {index + 1}" if ids is None else f"annotation {ids[index]}"
+                raise DataError(f"{name} of image {self.path}: {error}") from error
+        return torch.from_numpy(masks)
 
 
 @dataclass
@@ -187,16 +198,14 @@ class FileDataset:
         image_id, uses = Counter(record.image_id for record in records).most_common(1)[0]
         if uses > 1:
             raise DataError(f"{source}: image id {image_id} occurs {uses} times: ids must be unique")
-        if load_masks:
-            for record in records:
-                if record.segmentations is None:
-                    raise DataError(f"{source}: {record.path.name} has no segmentations: set load_masks=false")
+        if load_masks and any(record.segmentations is None for record in records):
+            raise DataError(f"{source} has images without segmentations: set load_masks=false")
         _check_size(records[0], image_size(records[0].path))
         self.records = list(records)
         self.categories = list(categories)
         self.sizes = [record.size for record in self.records]
         self.load_masks = load_masks
-        self.repairs = repairs or Repairs()
+        self.repairs = Repairs() if repairs is None else repairs
         if self.repairs:
             logger.warning("%s: boxes mended: %s", source, self.repairs)
 
@@ -209,14 +218,11 @@ class FileDataset:
         record = self.records[index]
         image = read_image(record.path)
         _check_size(record, (image.shape[1], image.shape[2]))
-        masks = None
-        if self.load_masks and record.segmentations is not None:
-            masks = decode_masks(record.segmentations, record.size)
         target = Target(
             boxes=torch.from_numpy(record.boxes.astype(np.float32)),
             labels=torch.from_numpy(record.labels.copy()),
             crowd=torch.from_numpy(record.crowd.copy()),
-            masks=masks,
+            masks=record.masks() if self.load_masks else None,
             area=None if record.areas is None else torch.from_numpy(record.areas.copy()),
             image_id=record.image_id,
             original_size=record.size,

@@ -14,6 +14,7 @@ from dyndet.metrics.coco import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts
 from dyndet.models.detectors.base import Detector
+from dyndet.ops.distributed import broadcast_buffers
 from dyndet.structures import Batch, Category
 
 
@@ -68,6 +69,7 @@ class DetectionModule(LightningModule):
         return {"detections": detections, "routing": routing}
 
     def on_validation_epoch_start(self) -> None:
+        broadcast_buffers(self.detector)  # so that all processes measure the weights that a checkpoint would hold
         self.ap.reset()
         self.compute.reset()
 

@@ -1,15 +1,26 @@
-"""The one collective that losses need."""
+"""The collectives that losses and validation need."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def reduce_mean(value: Tensor) -> Tensor:
     """Mean of a scalar over all processes; the value itself in a single process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _several():
         return value
     value = value.detach().clone()
     dist.all_reduce(value)
     return value / dist.get_world_size()
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Gives every process the buffers of the first: batch-norm statistics drift apart between synchronisations."""
+    if _several():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,159 @@
+"""Pascal VOC: one xml per image (http://host.robots.ox.ac.uk/pascal/VOC)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import parse
+
+from dyndet.data.images import SUFFIXES, image_size, resolve_inside
+from dyndet.data.records import FileDataset, Record, Repairs
+from dyndet.errors import DataError
+from dyndet.structures import Category
+
+logger = logging.getLogger(__name__)
+
+
+class VocDataset(FileDataset):
+    """The original layout: Annotations/, JPEGImages/, ImageSets/Main/SPLIT.txt.
+
+    Coordinates are taken as pixel edges, without adding or subtracting 1. The image id is the rank of a file among all
+    of Annotations, the category id the rank of a class; both start at 1 and are the same in every split.
+
+    Args:
+        root: folder that holds the three.
+        split: name of the list of images.
+        classes: names to keep, in label order; None takes those of all annotations, sorted.
+        keep_difficult: keeps objects marked difficult as crowd, which never trains and is ignored by the evaluation
+            (the nearest to VOC, where a difficult object absorbs one detection, not several); otherwise they are
+            left out.
+
+    Raises:
+        DataError: if a file is missing, malformed or dangerous, or an image has another size than its xml says.
+            Boxes that are not in their image are clipped or dropped instead, and counted in `repairs`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        split: str = "train",
+        classes: Sequence[str] | None = None,
+        keep_difficult: bool = True,
+    ) -> None:
+        root = Path(root)
+        listing, stems = _stems(root, split)
+        files = sorted(path for path in (root / "Annotations").glob("*.xml") if not path.name.startswith("."))
+        ranks = {path.stem: rank for rank, path in enumerate(files, start=1)}
+        for stem in stems:
+            if stem not in ranks:
+                raise DataError(f"{listing} names {stem!r}, but Annotations has no such xml: add it or remove the line")
+
+        pages = {path.stem: _read(resolve_inside(path.parent, path.name)) for path in files}
+        found = sorted({item.name for page in pages.values() for item in page.objects})
+        names = found if classes is None else list(classes)
+        absent = [name for name in names if name not in found]
+        if absent:
+            logger.warning("%s: classes that no annotation has: %s (it has %s)", root, absent, found)
+        labels = {name: label for label, name in enumerate(names)}
+        repairs = Repairs()
+        records = [_record(root, pages[stem], ranks[stem], labels, keep_difficult, repairs) for stem in stems]
+        categories = [Category(id, name) for id, name in enumerate(names, start=1)]
+        super().__init__(records, categories, repairs=repairs, source=listing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    name: str
+    difficult: bool
+    box: list[float]
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """What one xml says; its size (H, W) holds 0 when it does not say."""
+
+    path: Path
+    size: tuple[float, float]
+    objects: list[_Object]
+
+
+def _stems(root: Path, split: str) -> tuple[Path, list[str]]:
+    """The list file of a split and the file stems in it."""
+    folder = root / "ImageSets" / "Main"
+    listing = resolve_inside(folder, f"{split}.txt")
+    if not listing.is_file():
+        splits = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
+        raise DataError(f"{listing} does not exist: set root and split (splits found there: {splits})")
+    try:
+        lines = listing.read_text("utf-8-sig").splitlines()
+    except ValueError as error:
+        raise DataError(f"{listing} is not a text file ({error}): it lists one file name per line") from error
+    stems = [line.strip() for line in lines if line.strip()]
+    if len(set(stems)) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise DataError(f"{listing} names {twice!r} twice: remove one")
+    return listing, stems
+
+
+def _read(path: Path) -> _Page:
+    try:
+        page = parse(path, forbid_dtd=True).getroot()  # entities, the dangerous part, need a DTD
+    except DefusedXmlException as error:
+        raise DataError(f"{path} holds a DTD or entities ({error}): remove them, annotations need none") from error
+    except (OSError, ParseError, ValueError, LookupError, RecursionError) as error:
+        raise DataError(f"{path} is not valid xml ({error}): correct it or remove it from the set") from error
+    if page is None:
+        raise DataError(f"{path} is empty: correct it or remove it from the set")
+    size = (_number(page, "size/height", path, 0), _number(page, "size/width", path, 0))
+    return _Page(path, size, [_object(item, path, i) for i, item in enumerate(page.findall("object"), start=1)])
+
+
+def _object(item: Element, path: Path, position: int) -> _Object:
+    name = (item.findtext("name") or "").strip()
+    where = f"{path}: object {position} ({name})"
+    if not name:
+        raise DataError(f"{where} has no name: add one")
+    box = [_number(item, f"bndbox/{side}", where) for side in ("xmin", "ymin", "xmax", "ymax")]
+    return _Object(name, _number(item, "difficult", where, 0) == 1, box, position)
+
+
+def _number(item: Element, key: str, where: str | Path, default: float | None = None) -> float:
+    text = item.findtext(key)
+    if text is None and default is not None:
+        return default
+    try:
+        return float(text or "")
+    except ValueError:
+        raise DataError(f"{where} has {key} {text!r}: give a number") from None
+
+
+def _record(
+    root: Path, page: _Page, image_id: int, labels: dict[str, int], keep_difficult: bool, repairs: Repairs
+) -> Record:
+    path = _image(root / "JPEGImages", page.path.stem)
+    size = image_size(path)
+    if 0 not in page.size and page.size != size:
+        raise DataError(
+            f"{page.path} is for an image of {page.size[0]:g} x {page.size[1]:g} pixels (H x W), but {path} has "
+            f"{size[0]} x {size[1]}: use the annotated file (images are read without rotating them by EXIF orientation)"
+        )
+    objects = [item for item in page.objects if item.name in labels and (keep_difficult or not item.difficult)]
+    boxes = [item.box for item in objects]
+    classes, crowd = [labels[item.name] for item in objects], [item.difficult for item in objects]
+    record = Record.of(path, image_id, size, boxes, classes, crowd)
+    return record.repaired(repairs, lambda index: f"{page.path.name} object {objects[index].position}")
+
+
+def _image(folder: Path, stem: str) -> Path:
+    usual = resolve_inside(folder, f"{stem}.jpg")
+    others = (folder / f"{stem}{suffix}" for suffix in sorted(SUFFIXES | {suffix.upper() for suffix in SUFFIXES}))
+    if usual.is_file():
+        return usual
+    return next((resolve_inside(folder, path.name) for path in others if path.is_file()), usual)
