@@ -97,7 +97,8 @@ def explain(error: Exception, arguments: Sequence[str], command: str = "train") 
     wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if isinstance(error, ConfigCompositionException) and wrong:
         key = wrong.group(1)
-        return f"there is no key {key!r} to set.{_nearest(key, _keys(command, arguments, key))} (--cfg job prints all keys)"
+        near = _nearest(key, _keys(command, arguments, key))
+        return f"there is no key {key!r} to set.{near} (--cfg job prints all keys)"
     missing_value = re.search(r"Missing mandatory value: (\S+)", text)
     if missing_value:
         return f"{missing_value.group(1)} must be given: add {missing_value.group(1)}=... to the command"

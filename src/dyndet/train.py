@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 def train(config: DictConfig) -> dict[str, float]:
     """Runs one experiment and returns its last metrics."""
     seed_everything(config.seed, workers=True, verbose=False)
-    torch.set_float32_matmul_precision("high")
     checkpoint = resume_path(config)
     data = build(config.data.module)
     data.setup("fit")  # first, so that wrong paths show before anything slow

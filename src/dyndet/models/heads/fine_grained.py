@@ -43,6 +43,7 @@ class FineGrainedNode(nn.Module):
         gating: Gating,
         gate_kernel: int,
         openness: float,
+        scale_init: float,
         coarse: bool,
         cost_table: Literal["published", "corrected"],
         impl: Impl,
@@ -52,7 +53,7 @@ class FineGrainedNode(nn.Module):
         self.up = ScalePath(channels, norm_groups)
         self.depth = DepthPath(channels, norm_groups)
         self.output_weight = nn.Parameter(torch.ones(1))
-        self.scale_weight = nn.Parameter(torch.zeros(1))
+        self.scale_weight = nn.Parameter(torch.full((1,), scale_init))
         gated = {"both": ("down", "up", "depth"), "scale": ("down", "up"), "depth": ("depth",), "none": ()}[gating]
         bias = activation.logit(openness)
         gates = {path: GateConv(channels, kernel=gate_kernel, bias=bias, coarse=coarse) for path in gated}
@@ -131,6 +132,8 @@ class FineGrainedHead(nn.Module):
         gating: paths that have gates; the others are always on ("both", "depth", "scale", "none").
         gate_kernel: kernel of the gate convolutions.
         openness: value of every gate at the start (0.99 published; short schedules need less).
+        scale_init: weight of the scale paths at the start (0 published, so that they first have no effect; 1 is how the
+            static twin starts, and what short schedules need).
         coarse: one decision per image, level and path instead of one per position (the paper's baseline).
         cost_table: "published" counts scale convolutions twice as the released code does, "corrected" once.
         impl: execution of the masked convolutions.
@@ -147,6 +150,7 @@ class FineGrainedHead(nn.Module):
         gating: Gating = "both",
         gate_kernel: int = 3,
         openness: float = 0.99,
+        scale_init: float = 0.0,
         coarse: bool = False,
         cost_table: Literal["published", "corrected"] = "corrected",
         impl: Impl = "auto",
@@ -173,6 +177,7 @@ class FineGrainedHead(nn.Module):
                     gating=gating,
                     gate_kernel=gate_kernel,
                     openness=openness,
+                    scale_init=scale_init,
                     coarse=coarse,
                     cost_table=cost_table,
                     impl=impl,
