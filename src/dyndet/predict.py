@@ -17,6 +17,7 @@ from dyndet.config import build
 from dyndet.data.collate import Collate
 from dyndet.data.sources import find_images, read_unlabelled
 from dyndet.data.transforms import Compose
+from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts
 from dyndet.report.draw import draw_detections
 from dyndet.report.gates import preview
@@ -31,7 +32,7 @@ def predict(config: DictConfig) -> Path:
     detector = detector_from(saved, impl=config.impl).to(automatic if config.device == "auto" else config.device)
     transform = Compose([build(item) for item in saved.config.data.module.val_transform])
     collate = Collate(detector.preprocess.divisor)
-    static = StaticCosts(detector)
+    static, meter = StaticCosts(detector), ComputeMeter(strides=detector.strides)
     names = [category.name for category in saved.categories]
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,9 +42,7 @@ def predict(config: DictConfig) -> Path:
         sample = transform(original, torch.Generator())
         (found,), routing = detector.detect_with_routing(collate([sample]).images)
         found = found.to("cpu")
-        macs = float(sum(static(sample.image.shape[-2:], routed=routing is not None).values()))
-        if routing is not None:
-            macs += float(routing.used()[0] + routing.overhead()[0])
+        (macs,) = meter.update(routing, [static(sample.image.shape[-2:], routed=routing is not None)])
         size, threshold = original.target.original_size, config.score_threshold
         if config.gates:
             picture = preview(
@@ -56,6 +55,8 @@ def predict(config: DictConfig) -> Path:
         rows = _rows(found, saved.categories)
         results.append({"file": str(path), "size": size, "gmacs": macs / 1e9, "detections": rows})
     (folder / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
+    spent = meter.compute().total
+    print(f"GMAC per image: mean {spent.mean / 1e9:.3f}, max {spent.max / 1e9:.3f}, min {spent.min / 1e9:.3f}")
     print(f"{len(paths)} images: pictures and detections.json in {folder}")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -63,9 +64,10 @@ class DetectionModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Updates the metrics; callbacks get the `detections` and the `routing` of the batch."""
         detections, routing = self.detector.detect_with_routing(batch.images)
-        self.ap.update(detections, batch.targets, batch.images.sizes)
         sizes = batch.images.sizes.tolist()
-        self.compute.update(routing, [self.static(size, routed=routing is not None) for size in sizes])
+        macs = self.compute.update(routing, [self.static(size, routed=routing is not None) for size in sizes])
+        detections = [replace(found, macs=spent) for found, spent in zip(detections, macs, strict=True)]
+        self.ap.update(detections, batch.targets, batch.images.sizes)
         return {"detections": detections, "routing": routing}
 
     def on_validation_epoch_start(self) -> None:

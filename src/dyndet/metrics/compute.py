@@ -156,8 +156,8 @@ class ComputeMeter:
     def reset(self) -> None:
         self._state = _State()
 
-    def update(self, routing: Routing | None, static: Sequence[Mapping[str, float]]) -> None:
-        """Adds a batch.
+    def update(self, routing: Routing | None, static: Sequence[Mapping[str, float]]) -> list[float]:
+        """Adds a batch and returns the total multiply-adds of each of its images.
 
         Args:
             routing: what the head decided, None (or without gates) for a static head.
@@ -175,10 +175,13 @@ class ComputeMeter:
             if costs.shape[1] != len(static):
                 raise ValueError(f"routing has {costs.shape[1]} images, static costs have {len(static)}")
             self._add_gates(routing.gates)
+        images = []
         for parts, (used, soft, full, overhead) in zip(static, costs.T.tolist(), strict=True):
             head = float(parts.get("head", 0.0))
             numbers = {part: float(value) for part, value in parts.items()}
-            self._state.images.append(_Image(used + head, soft + head, full + head, overhead, numbers))
+            images.append(_Image(used + head, soft + head, full + head, overhead, numbers))
+        self._state.images += images
+        return [image.total for image in images]
 
     def compute(self) -> ComputeReport:
         """The report over all images since the last reset; nan where there were none."""

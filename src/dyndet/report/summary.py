@@ -25,6 +25,10 @@ def print_summary(
         stream: where to print; standard output by default.
     """
     console = Console(file=stream or sys.stdout, width=100)
+    if report.open:
+        console.print(_densities(report))
+        dead = ", ".join(report.gate_name(key) for key in report.dead)
+        console.print(f"gates that never opened: {dead or 'none'}", highlight=False)
     scores = {key.removeprefix("val/"): value for key, value in metrics.items() if key.startswith("val/AP")}
     overall = [f"{name} {scores[name]:.3f}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if name in scores]
     console.print("accuracy   " + "   ".join(overall), highlight=False)
@@ -37,10 +41,6 @@ def print_summary(
         f"{report.images} images",
         highlight=False,
     )
-    if report.open:
-        console.print(_densities(report))
-        dead = ", ".join(report.gate_name(key) for key in report.dead)
-        console.print(f"gates that never opened: {dead or 'none'}", highlight=False)
     if folder is not None:
         console.print(f"run folder: {folder}", highlight=False)
 
