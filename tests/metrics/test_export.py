@@ -30,9 +30,9 @@ def target(image_id: int, masks: bool = False) -> Target:
         torch.tensor([1, 0]),
         torch.tensor([False, True]),
         pixels if masks else None,
-        image_id,
-        (80, 100),
-        f"some/folder/{image_id}.jpg",
+        image_id=image_id,
+        original_size=(80, 100),
+        path=f"some/folder/{image_id}.jpg",
     )
 
 
@@ -70,6 +70,12 @@ def test_ground_truth_reads_back(tmp_path: Path, masks: bool) -> None:
         expected = target(7, True).masks
         assert expected is not None
         assert np.array_equal(coco.annToMask(second), expected[1].numpy())
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_annotated_areas_win(masks: bool) -> None:
+    truth = write_ground_truth(Listed([replace(target(7, masks), area=torch.tensor([123.25, 4.5]))]))
+    assert [item["area"] for item in truth["annotations"]] == [123.25, 4.5]
 
 
 def test_results_keep_ids_and_floats(tmp_path: Path) -> None:

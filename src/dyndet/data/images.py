@@ -5,6 +5,7 @@ EXIF orientation is ignored on purpose: COCO annotations, and those of most tool
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -24,7 +25,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 """Of files that count as images when a folder is listed."""
 
 # Pillow knows many more, some of which start other programs (EPS) or are rarely tested.
-_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -65,8 +66,8 @@ def resolve_inside(root: str | Path, name: str | Path) -> Path:
     path = root / text
     try:
         # A drive or share is refused unresolved (resolving it may touch the network); "/" may still lead inside.
-        inside = not PureWindowsPath(text).drive and path.resolve().is_relative_to(root.resolve())
-    except (OSError, ValueError, RuntimeError):  # too long, null byte, circle of links
+        inside = not PureWindowsPath(text).drive and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    except (OSError, ValueError):  # null byte, say
         inside = False
     if not inside or not text:
         raise DataError(

@@ -91,6 +91,8 @@ class Record:
             boxes = self.boxes.astype(np.float32)
             clipped = boxes.clip(0, np.array([width, height] * 2, np.float32))
             sides, visible = boxes[:, 2:] - boxes[:, :2], clipped[:, 2:] - clipped[:, :2]
+            if (sides > 0).all() and (boxes == clipped).all():
+                return replace(self, boxes=boxes)
             problems = {
                 "non-finite": ~np.isfinite(boxes).all(1),
                 "inverted": (sides < 0).any(1),

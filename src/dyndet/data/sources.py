@@ -7,11 +7,9 @@ from pathlib import Path
 
 import torch
 
-from dyndet.data.images import read_image
+from dyndet.data.images import SUFFIXES, read_image
 from dyndet.errors import UserError
 from dyndet.structures import Sample, Target
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def find_images(source: str) -> list[Path]:

@@ -121,7 +121,7 @@ class CocoMetric(MeanAveragePrecision):
         values = {"boxes": original_xywh(item, size), "labels": item.labels.cpu(), "iscrowd": item.crowd.cpu().int()}
         if "segm" in self.iou_type:
             values["masks"] = original_masks(item, size).to(torch.uint8)
-        if "segm" not in self.iou_type or getattr(item, "area", None) is not None:
+        if "segm" not in self.iou_type or item.area is not None:
             values["area"] = original_area(item, size)
         return values
 

@@ -61,9 +61,8 @@ def original_masks(target: Target, size: Size) -> Tensor:
 
 def original_area(target: Target, size: Size) -> Tensor:
     """(N,) float64 areas in square pixels on disk: as annotated where the target knows, else of the box."""
-    known = getattr(target, "area", None)
-    if known is not None:
-        return known.detach().to("cpu", torch.float64)
+    if target.area is not None:
+        return target.area.detach().to("cpu", torch.float64)
     return original_xywh(target, size)[:, 2:].prod(1)
 
 
@@ -147,7 +146,7 @@ def _annotations(target: Target, size: Size, categories: Sequence[Category]) -> 
     if target.masks is not None:
         pixels = original_masks(target, size)
         masks = encode_masks(pixels)
-        if getattr(target, "area", None) is None:
+        if target.area is None:
             areas = pixels.sum((1, 2)).tolist()
     annotations: list[dict[str, Any]] = []
     for index, (label, crowd) in enumerate(zip(target.labels.tolist(), target.crowd.tolist(), strict=True)):

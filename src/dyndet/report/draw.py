@@ -41,7 +41,7 @@ def draw_detections(
     height, width = boxes_size or (image.shape[-2], image.shape[-1])
     scale = torch.tensor([picture.width / width, picture.height / height] * 2)
     boxes = (found.boxes.detach().cpu().float() * scale).tolist()
-    labels = found.labels.tolist()
+    labels: list[int] = found.labels.tolist()
     scores = found.scores.tolist() if isinstance(found, Detections) else [None] * len(labels)
     crowds = found.crowd.tolist() if isinstance(found, Target) else [False] * len(labels)
     shown = [index for index, score in enumerate(scores) if score is None or score >= score_threshold]

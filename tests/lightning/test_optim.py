@@ -1,0 +1,73 @@
+"""Parameter groups and schedules."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from dyndet import build_detector
+from dyndet.config import build, compose_experiment
+from dyndet.lightning.optim import build_optimizer, one_cycle, warmup_multistep
+
+
+def test_published_weight_decay_exceptions() -> None:
+    detector = build_detector("shapes_dyn")
+    optimizer = build_optimizer(
+        detector, optimizer=partial(SGD, momentum=0.9), lr=0.01, weight_decay=1e-4, backbone_lr_scale=0.5
+    )
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert set(groups) == {name for name, p in detector.named_parameters() if p.requires_grad}
+    for decayed in ("head.cls.0.gates.depth.conv.bias", "head.cls.0.scale_weight", "head.cls.0.output_weight"):
+        assert groups[decayed]["weight_decay"] == 1e-4
+    for free in ("head.cls.0.depth.norm1.weight", "head.reg.1.up.norm.bias", "backbone.body.conv1.1.weight"):
+        assert groups[free]["weight_decay"] == 0
+    assert groups["backbone.body.conv1.0.weight"]["lr"] == 0.005
+    assert groups["predictor.cls.bias"]["lr"] == 0.01
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    with torch.device("meta"):
+        detector = build_detector("fcos_r50")
+    optimizer = build_optimizer(detector, optimizer=SGD, lr=0.01)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    body = detector.backbone.body  # type: ignore[attr-defined]
+    assert all(id(p) not in trained for p in [*body.conv1.parameters(), *body.layer1.parameters()])
+    assert all(id(p) not in trained for p in body.layer3[0].bn1.parameters())
+    assert id(body.layer2[0].conv1.weight) in trained
+
+
+def rates(schedule: str, steps: list[int]) -> list[float]:
+    config = compose_experiment(schedule)
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = build(config.optim.schedule)(optimizer, total_steps=90_000)
+    return [0.01 * scheduler.lr_lambdas[0](step) for step in steps]
+
+
+def test_the_published_schedule() -> None:
+    steps = [0, 500, 1000, 59_999, 60_000, 79_999, 80_000]
+    expected = [1e-5, 0.01 * (0.001 + 0.999 / 2), 0.01, 0.01, 1e-3, 1e-3, 1e-4]
+    assert rates("fcos_d8_dyn", steps) == pytest.approx(expected)
+    config = compose_experiment("fcos_d8_dyn")
+    assert config.trainer.max_steps == 90_000 and config.data.batch_size == 16
+    assert config.optim.optimizer.lr == 0.01 and config.optim.optimizer.weight_decay == 1e-4
+
+
+def test_one_cycle_keeps_the_ratio_of_groups() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = SGD([{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.03}], lr=0.1)
+    scheduler = one_cycle(optimizer, total_steps=10, pct_start=0.3)
+    for _ in range(9):
+        a, b = (group["lr"] for group in optimizer.param_groups)
+        assert b / a == pytest.approx(0.3)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_multistep_without_warmup_starts_at_full_rate() -> None:
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup_multistep(optimizer, total_steps=10, milestones=[5], warmup_steps=0)
+    assert optimizer.param_groups[0]["lr"] == 1.0
