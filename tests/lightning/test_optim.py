@@ -16,7 +16,11 @@ from dyndet.lightning.optim import build_optimizer, one_cycle, warmup_multistep
 def test_published_weight_decay_exceptions() -> None:
     detector = build_detector("shapes_dyn")
     optimizer = build_optimizer(
-        detector, optimizer=partial(SGD, momentum=0.9), lr=0.01, weight_decay=1e-4, backbone_lr_scale=0.5
+        detector,
+        optimizer=partial(SGD, momentum=0.9),
+        lr=0.01,
+        weight_decay=1e-4,
+        lr_scales={"backbone": 0.5, "gates": 0.1},
     )
     names = {id(parameter): name for name, parameter in detector.named_parameters()}
     groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
@@ -27,6 +31,7 @@ def test_published_weight_decay_exceptions() -> None:
         assert groups[free]["weight_decay"] == 0
     assert groups["backbone.body.conv1.0.weight"]["lr"] == 0.005
     assert groups["predictor.cls.bias"]["lr"] == 0.01
+    assert groups["head.reg.1.gates.up.conv.weight"]["lr"] == pytest.approx(0.001)
 
 
 def test_frozen_parameters_are_left_out() -> None:

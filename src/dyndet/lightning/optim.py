@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,22 +22,24 @@ def build_optimizer(
     lr: float,
     weight_decay: float = 0.0,
     norm_decay: float = 0.0,
-    backbone_lr_scale: float = 1.0,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """One group per (learning rate, decay): normalisation layers decay by `norm_decay`, everything else that trains,
     gate biases and path scalars included, by `weight_decay` (the published exceptions).
 
     Args:
-        detector: its `backbone`, where it has one, learns at `lr * backbone_lr_scale`.
+        detector: whose parameters that need gradients are optimised.
         optimizer: called with the groups, for instance a partial of `torch.optim.SGD`.
         lr: base learning rate.
         weight_decay: of everything but norms.
         norm_decay: of norm layers.
-        backbone_lr_scale: see `detector`.
+        lr_scales: factors of the learning rate by a part of the parameter's name, for instance {"backbone": 0.3,
+            "gates": 0.3}; several that apply multiply.
     """
     groups: dict[tuple[float, float], list[Parameter]] = {}
     for name, parameter, is_norm in _parameters(detector):
-        rate = lr * backbone_lr_scale if name.startswith("backbone.") else lr
+        parts = name.split(".")
+        rate = lr * math.prod(scale for part, scale in (lr_scales or {}).items() if part in parts)
         decay = norm_decay if is_norm else weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
     return optimizer(

@@ -42,10 +42,10 @@ def masked_conv(
         raise ValueError(f"weight must be (O, C, k, k) with odd k, got {tuple(weight.shape)}")
     if mask.shape != (inputs.shape[0], 1, *inputs.shape[2:]):
         raise ValueError(f"mask {tuple(mask.shape)} does not fit inputs {tuple(inputs.shape)}")
-    if impl == "auto":
-        sparse = not torch.is_grad_enabled() and not mask.is_meta and float(mask.float().mean()) < GATHER_BELOW
+    if impl == "auto" and not inputs.is_meta:
+        sparse = not torch.is_grad_enabled() and float(mask.float().mean()) < GATHER_BELOW
         impl = "gather" if sparse else "dense"
-    if impl == "dense":
+    if impl == "dense" or inputs.is_meta:  # tensors without values, as used for counting, have no active rows
         return F.conv2d(inputs, weight, bias, padding=kernel // 2) * mask
     if impl == "gather":
         return _gather(inputs, weight, bias, mask)
