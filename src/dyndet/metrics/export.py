@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocotools import mask as rle
 from torch import Tensor
 
 from dyndet.data.dataset import DetectionDataset
+from dyndet.data.masks import encode_mask
 from dyndet.errors import DataError, UserError
 from dyndet.structures import Category, Detections, Size, Target
 
@@ -66,13 +65,6 @@ def original_area(target: Target, size: Size) -> Tensor:
     return original_xywh(target, size)[:, 2:].prod(1)
 
 
-def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """(N, H, W) bool masks as COCO run-length encodings that json can hold."""
-    pixels = masks.detach().cpu().numpy().astype(np.uint8)
-    codes = [rle.encode(np.asfortranarray(item)) for item in pixels]
-    return [{"size": list(code["size"]), "counts": str(code["counts"], "ascii")} for code in codes]  # pyright: ignore
-
-
 def to_coco_json(
     detections: Sequence[Detections], images: Sequence[Target] | Sequence[int], categories: Sequence[Category]
 ) -> list[dict[str, Any]]:
@@ -86,7 +78,7 @@ def to_coco_json(
     results: list[dict[str, Any]] = []
     for found, image in zip(detections, images, strict=True):
         image_id = image.image_id if isinstance(image, Target) else int(image)
-        masks = None if found.masks is None else encode_masks(found.masks)
+        masks = None if found.masks is None else [encode_mask(mask) for mask in found.masks.cpu()]
         boxes, scores, labels = to_xywh(found.boxes).tolist(), found.scores.tolist(), found.labels.tolist()
         for index, (box, score, label) in enumerate(zip(boxes, scores, labels, strict=True)):
             entry = {"image_id": image_id, "category_id": categories[label].id, "bbox": box, "score": score}
@@ -145,7 +137,7 @@ def _annotations(target: Target, size: Size, categories: Sequence[Category]) -> 
     masks: list[dict[str, Any]] | None = None
     if target.masks is not None:
         pixels = original_masks(target, size)
-        masks = encode_masks(pixels)
+        masks = [encode_mask(mask) for mask in pixels]
         if target.area is None:
             areas = pixels.sum((1, 2)).tolist()
     annotations: list[dict[str, Any]] = []

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
 
@@ -217,6 +218,7 @@ def _label(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[st
                 color=INK,
                 ha={1: "left", -1: "right", 0: "center"}[(offset[0] > 0) - (offset[0] < 0)],
                 in_layout=False,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
                 va={1: "bottom", -1: "top", 0: "center"}[(offset[1] > 0) - (offset[1] < 0)],
             )
             box = text.get_window_extent(renderer)

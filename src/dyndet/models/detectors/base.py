@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dyndet.models.budget import Budget
 from dyndet.models.preprocess import Preprocess
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Target
 
@@ -50,9 +51,11 @@ class Detector(nn.Module, ABC):
 
     Attributes:
         preprocess: pixels to network input.
+        budget: prices routing in `losses`; None leaves it free.
     """
 
     preprocess: Preprocess
+    budget: Budget | None
 
     @property
     @abstractmethod
