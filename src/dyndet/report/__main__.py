@@ -16,10 +16,11 @@ def report(config: DictConfig) -> Path:
     runs = collect_runs(config.runs)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    table = report_table(runs, x=config.x, y=config.y)
+    apart = ["seed", *config.ignore]
+    table = report_table(runs, x=config.x, y=config.y, ignore=apart)
     (folder / "report.md").write_text(table + "\n")
     print(table)
-    picture = pareto_plot(runs, folder / "pareto.png", x=config.x, y=config.y)
+    picture = pareto_plot(runs, folder / "pareto.png", x=config.x, y=config.y, ignore=apart)
     print(f"table and picture: {folder / 'report.md'}, {picture}")
     return folder
 
