@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,14 +52,21 @@ def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
             GlobalHydra.instance().initialize(running)
 
 
-def build(config: Any) -> Any:
+def build(config: Any, **more: Any) -> Any:
     """Hydra's `instantiate`, with a user's mistake coming out as such instead of wrapped in a target error.
+
+    `more` are passed on top of the configured arguments.
 
     Raises:
         UserError: naming the key whose arguments do not fit.
     """
     try:
-        return instantiate(config)
+        built = instantiate(config)
+        return built(**more) if more else built
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        if not more or isinstance(error, UserError):
+            raise
+        raise UserError(f"{config._target_}: {error}") from error
     except HydraException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):

@@ -29,7 +29,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
     module = DetectionModule(detector_from(saved, impl=config.impl), categories=data.categories)
     collected = Collect()
-    trainer: Trainer = build(config.trainer)(callbacks=[Progress(), collected])
+    config.trainer.precision = config.trainer.precision or saved.config.trainer.precision
+    trainer: Trainer = build(config.trainer, callbacks=[Progress(), collected])
     trainer.validate(module, data, verbose=False)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     report = module.compute.compute()
@@ -37,9 +38,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         folder = Path(config.output_dir)
         print_summary(report, metrics)
         print(f"validation steps took {collected.seconds:.2f} s for {len(collected.targets)} images")
-        if trainer.world_size == 1:  # each process holds its own images only
-            file = write_results(folder / "detections.json", collected.detections, collected.targets, data.categories)
-            print(f"detections: {file}")
+        file = write_results(folder / "detections.json", collected.detections, collected.targets, data.categories)
+        print(f"detections: {file}")
         (folder / "result.json").write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
 

@@ -35,9 +35,9 @@ def predict(config: DictConfig) -> Path:
     static, meter = StaticCosts(detector), ComputeMeter(strides=detector.strides)
     names = [category.name for category in saved.categories]
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
-    for path in track(paths, description="predict"):
+    for number, path in enumerate(track(paths, description="predict")):
         original = read_unlabelled(path)
         sample = transform(original, torch.Generator())
         (found,), routing = detector.detect_with_routing(collate([sample]).images)
@@ -46,14 +46,17 @@ def predict(config: DictConfig) -> Path:
         size, threshold = original.target.original_size, config.score_threshold
         if config.gates:
             picture = preview(
-                sample.image, None, found, routing, names=names, strides=detector.strides, size=size,
+                sample.image, None, found, routing, names=names, strides=detector.strides, original_size=size,
                 score_threshold=threshold,
             )  # fmt: skip
         else:
             picture = draw_detections(original.image, found, names, score_threshold=threshold)
-        picture.save(folder / f"{path.stem}.png")
+        drawing = folder / "pictures" / f"{number:04d}_{path.stem}.png"
+        picture.save(drawing)
         rows = _rows(found, saved.categories)
-        results.append({"file": str(path), "size": size, "gmacs": macs / 1e9, "detections": rows})
+        results.append(
+            {"file": str(path), "picture": str(drawing), "size": size, "gmacs": macs / 1e9, "detections": rows}
+        )
     (folder / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
     spent = meter.compute().total
     print(f"GMAC per image: mean {spent.mean / 1e9:.3f}, max {spent.max / 1e9:.3f}, min {spent.min / 1e9:.3f}")

@@ -203,6 +203,7 @@ class PathGate:
         costs: the layers of the path.
         router_macs: multiply-adds per position of taking the decision itself; spent whatever is decided.
         valid: (B, 1, H, W) bool, False on padding; None when every position counts.
+        sparse: False where closed positions are computed all the same and then multiplied by 0: they count as used.
     """
 
     node: str
@@ -212,6 +213,7 @@ class PathGate:
     costs: tuple[ConvCost, ...]
     router_macs: float = 0.0
     valid: Tensor | None = None
+    sparse: bool = True
 
     def mask(self, reach: int = 0) -> Tensor:
         """(B, 1, H, W) bool: the positions at which a layer of this reach runs."""
@@ -252,7 +254,7 @@ class Routing:
 
     def used(self) -> Tensor:
         with torch.no_grad():
-            return self._sum(lambda gate: (gate > 0).to(gate.dtype), ())
+            return self._sum(lambda gate: (gate > 0).to(gate.dtype), (), dense_counts=True)
 
     def full(self) -> Tensor:
         with torch.no_grad():
@@ -265,15 +267,17 @@ class Routing:
         """(B,) share of the full cost that was executed."""
         return self.used() / self.full()
 
-    def _sum(self, weigh: Callable[[Tensor], Tensor], detach: Sequence[str]) -> Tensor:
+    def _sum(self, weigh: Callable[[Tensor], Tensor], detach: Sequence[str], *, dense_counts: bool = False) -> Tensor:
         # Gates of equal geometry are stacked along channels: a few pooled sums instead of one per gate.
-        groups: dict[tuple[str, int, tuple[ConvCost, ...]], list[PathGate]] = defaultdict(list)
+        groups: dict[tuple[str, int, tuple[ConvCost, ...], bool], list[PathGate]] = defaultdict(list)
         for item in self.gates:
-            groups[item.path, item.level, item.costs].append(item)
+            groups[item.path, item.level, item.costs, item.sparse].append(item)
         total: Tensor | None = None
-        for (path, _, costs), items in groups.items():
+        for (path, _, costs, sparse), items in groups.items():
             gate = torch.cat([item.gate for item in items], 1).float()
             weight = weigh(gate.detach() if path in detach else gate)
+            if dense_counts and not sparse:
+                weight = torch.ones_like(gate)
             if items[0].valid is not None:
                 weight = weight * items[0].valid
             for cost in costs:

@@ -40,13 +40,12 @@ def train(config: DictConfig) -> dict[str, float]:
             module.detector.get_submodule(name).compile()
     loggers = [build(item) for item in config.logger.values()]
     callbacks = [build(item) for item in config.callbacks.values() if item is not None]
-    trainer: Trainer = build(config.trainer)(logger=loggers, callbacks=callbacks)
+    trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        if "val/AP" not in trainer.callback_metrics:  # the run was shorter than the validation interval
-            trainer.validate(module, data, verbose=False)
+        _finish(trainer, module, data, Path(config.output_dir))
     finally:
         _close(loggers)
     if trainer.received_sigterm:
@@ -56,6 +55,19 @@ def train(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         print_summary(report, metrics, Path(config.output_dir))
     return metrics
+
+
+def _finish(trainer: Trainer, module: DetectionModule, data: Any, folder: Path) -> None:
+    """Makes the last checkpoint and the last validation those of the final weights, whatever the intervals were."""
+    if trainer.received_sigterm:
+        return
+    last = folder / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.is_file() else -1
+    trainer.strategy.barrier()
+    if saved != trainer.global_step:
+        trainer.save_checkpoint(last)
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
 
 
 def _close(loggers: list[Any]) -> None:

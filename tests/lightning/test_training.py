@@ -48,7 +48,7 @@ def test_a_run_leaves_checkpoints_numbers_and_pictures(trained: tuple[Path, dict
     assert result["val/AP"] == metrics["val/AP"]
     assert 0 < result["macs/head_ratio"] <= 1 and result["macs/total_mean"] > result["macs/head_used_mean"]
     pictures = sorted((folder / "previews").iterdir())
-    assert [path.name for path in pictures] == ["epoch_000.png", "epoch_001.png"]
+    assert [path.name for path in pictures] == ["step_000006.png", "step_000012.png"]
     with Image.open(pictures[0]) as picture:
         assert picture.width > 5 * 64
     rows = (folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
@@ -152,7 +152,7 @@ def test_predict_draws_and_writes(trained: tuple[Path, dict[str, float]], tmp_pa
     results = json.loads((out / "detections.json").read_text())
     assert [Path(item["file"]).name for item in results] == ["0.png", "1.png"]
     assert all(item["gmacs"] > 0 and item["size"] == [60, 80] for item in results)
-    assert {path.name for path in out.glob("*.png")} == {"0.png", "1.png"}
+    assert {path.name for path in (out / "pictures").iterdir()} == {"0000_0.png", "0001_1.png"}
 
 
 def test_report_of_runs(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 TINY = [
     "+experiment=shapes_dyn", "data.size=64", "data.train_images=24", "data.val_images=10", "data.batch_size=4",
@@ -124,3 +126,37 @@ def test_a_sweep_logs_one_offline_run_with_pictures_per_job(tmp_path: Path) -> N
     table = command(tmp_path, "report", f"runs={sweep}")
     assert table.returncode == 0, table.stderr
     assert "budget.weight" in table.stdout and (sweep / "pareto.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_papers_model_trains_on_coco_files(tmp_path: Path, shared_data: Path) -> None:
+    """The full D8 R50 detector, a few real steps on small pictures; ids come back as they were, and so does the AP."""
+    root = shared_data / "coco_mini"
+    layout = [
+        f"data.root={root}", "data.train_annotations=${data.root}/annotations/train.json",
+        "data.val_annotations=${data.root}/annotations/val.json", "data.train_images=${data.root}/images",
+        "data.val_images=${data.root}/images",
+    ]  # fmt: skip
+    small = ["data.short_edge=96", "data.val_short_edge=96", "data.max_size=128", "data.batch_size=2"]
+    rest = ["data.num_workers=0", "trainer.max_steps=2", "trainer.accelerator=cpu", "backbone.weights=none"]
+    low = "predictor.postprocess.score_threshold=0.0"
+    result = command(tmp_path, "train", "+experiment=fcos_d8_dyn", *layout, *small, *rest, low, "~callbacks.progress")
+    assert result.returncode == 0, result.stderr
+    (run,) = tmp_path.glob("outputs/fcos_d8_dyn/*")
+    trained = json.loads((run / "result.json").read_text())
+    assert trained["step"] == 2
+    again = command(tmp_path, "evaluate", f"ckpt={run}/checkpoints/last.ckpt", "trainer.accelerator=cpu", "impl=dense")
+    assert again.returncode == 0, again.stderr
+    (folder,) = (tmp_path / "outputs" / "evaluate").iterdir()
+    numbers = json.loads((folder / "result.json").read_text())
+    assert numbers["val/AP"] == pytest.approx(trained["val/AP"], abs=1e-6)
+    truth = COCO(str(root / "annotations" / "val.json"))
+    judge = COCOeval(truth, truth.loadRes(str(folder / "detections.json")), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert judge.stats[0] == pytest.approx(numbers["val/AP"], abs=1e-6)
+    found = json.loads((folder / "detections.json").read_text())
+    assert found and {item["category_id"] for item in found} <= set(truth.getCatIds())
+    assert {item["image_id"] for item in found} <= set(truth.getImgIds())

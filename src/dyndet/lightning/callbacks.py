@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
@@ -103,3 +104,10 @@ class Collect(Callback):
         self.seconds += time.perf_counter() - self._started
         self.detections += [item.to("cpu") for item in outputs["detections"]]
         self.targets += [target.to("cpu") for target in batch.targets]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:  # every process has seen its own images
+            parts: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(parts, (self.detections, self.targets))
+            self.detections = [item for detections, _ in parts for item in detections]
+            self.targets = [item for _, targets in parts for item in targets]

@@ -50,6 +50,7 @@ class DetectionModule(LightningModule):
         self.ap = CocoMetric(self.categories)
         self.compute = ComputeMeter(strides=detector.strides)
         self.static = StaticCosts(detector)
+        self.validated_step = -1  # global step of the weights that were validated last
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         losses = self.detector.losses(batch.images, batch.targets)
@@ -76,6 +77,7 @@ class DetectionModule(LightningModule):
         self.compute.reset()
 
     def on_validation_epoch_end(self) -> None:
+        self.validated_step = self.trainer.global_step
         # Both have gathered over all processes, so every process logs the same numbers.
         scores = {f"val/{name}": value for name, value in self.ap.compute().items()}
         self.log_dict(scores | self.compute.compute().as_scalars())

@@ -78,4 +78,12 @@ def warmup_multistep(
 def one_cycle(optimizer: Optimizer, *, total_steps: int, **kwargs: Any) -> LRScheduler:
     """Torch's one-cycle schedule over the whole run, each group to its own peak; for short runs."""
     peaks = [group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(optimizer, max_lr=peaks, total_steps=total_steps, **kwargs)
+    return _OneCycle(optimizer, max_lr=peaks, total_steps=total_steps, **kwargs)
+
+
+class _OneCycle(OneCycleLR):
+    """Keeps its own length on resume, so that a run can be extended."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        length = {key: value for key, value in self.state_dict().items() if key in ("total_steps", "_schedule_phases")}
+        super().load_state_dict(state_dict | length)

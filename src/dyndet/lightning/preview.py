@@ -19,7 +19,7 @@ class Preview(Callback):
     """One picture per validation epoch under `folder`, and in the loggers that take images.
 
     Args:
-        folder: where `epoch_000.png` and so on go.
+        folder: where `step_000064.png` and so on go.
         images: how many validation images to show.
         score_threshold: detections below it are not drawn.
     """
@@ -72,7 +72,7 @@ class Preview(Callback):
             top += strip.height
         self._strips = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(self.folder / f"epoch_{trainer.current_epoch:03d}.png")
+        sheet.save(self.folder / f"step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("preview", [sheet], step=trainer.global_step)

@@ -60,6 +60,7 @@ class TimmBackbone(nn.Module):
         info: Any = self.body.feature_info
         self.channels: list[int] = list(info.channels())
         self.strides: list[int] = list(strides)
+        self.channels_last = "NHWC" in str(getattr(self.body, "output_fmt", ""))  # Swin
         self.norm = norm
         if stride_in_1x1:
             _move_strides(self.body)
@@ -74,7 +75,8 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised images -> L x (B, C_l, ceil(H / stride_l), ceil(W / stride_l))."""
-        return list(self.body(images))
+        maps = list(self.body(images))
+        return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last else maps
 
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)

@@ -167,6 +167,7 @@ def preview(
     names: Sequence[str],
     strides: Sequence[int] = (),
     size: Size | None = None,
+    original_size: Size | None = None,
     score_threshold: float = 0.3,
     min_side: int = MIN_SIDE,
 ) -> Image.Image:
@@ -175,12 +176,13 @@ def preview(
     Args:
         image: (3, H, W) of the batch, maybe padded.
         target: in pixels of `image`.
-        detections: in pixels of the image on disk (`target.original_size`, that of `image` without a target).
+        detections: in pixels of the image on disk, see `original_size`.
         routing: of the batch.
         index: which image of the batch.
         names: of the classes.
         strides: pixels per position of each level.
         size: H, W without padding, which is cut off.
+        original_size: H, W of the image on disk; by default that of the target, else of `image` without padding.
         score_threshold: detections below it are left out.
         min_side: smaller images are enlarged by a whole factor.
     """
@@ -191,13 +193,14 @@ def preview(
         boxes = draw_detections(image, _cut(target, (height, width)), names, min_side=min_side)
         panels.append(captioned(boxes, f"ground truth ({len(target.labels)})"))
     if detections is not None:
-        known = target is not None and target.original_size != (0, 0)
+        if original_size is None and target is not None and target.original_size != (0, 0):
+            original_size = target.original_size
         boxes = draw_detections(
             image,
             detections,
             names,
             score_threshold=score_threshold,
-            boxes_size=target.original_size if target is not None and known else (height, width),
+            boxes_size=original_size or (height, width),
             min_side=min_side,
         )
         count = int((detections.scores >= score_threshold).sum())

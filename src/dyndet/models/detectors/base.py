@@ -43,7 +43,9 @@ class Predictor(Protocol):
         self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]: ...
 
-    def detections(self, raw: RawMaps, images: ImageBatch) -> list[Detections]: ...
+    def detections(
+        self, raw: RawMaps, images: ImageBatch, valid: Sequence[Tensor] | None = None
+    ) -> list[Detections]: ...
 
 
 class Detector(nn.Module, ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ class DenseDetector(Detector):
         batch = self._batch(images)
         features, valid = self._features(batch)
         output = self._head(features, valid)
-        return self.predictor.detections(self._predict(output), batch), output.routing
+        return self.predictor.detections(self._predict(output), batch, valid), output.routing
 
     def raw_outputs(self, images: Images) -> RawMaps:
         features, valid = self._features(self._batch(images))
@@ -105,30 +104,36 @@ class DenseDetector(Detector):
 
     def _features(self, batch: ImageBatch) -> tuple[list[Tensor], list[Tensor] | None]:
         pixels = self.preprocess(batch)
-        with self._autocast("backbone", pixels):
-            maps = self.backbone(pixels)
-        with self._autocast("neck", pixels):
-            features = self.neck(maps)
+        features = self._run("neck", self.neck, self._run("backbone", self.backbone, pixels))
         shapes: list[Size] = [(x.shape[-2], x.shape[-1]) for x in features]
         valid = valid_masks(batch.sizes, shapes, self.strides)
         return features, None if valid is None else [mask.to(pixels.device) for mask in valid]
 
     def _head(self, features: list[Tensor], valid: list[Tensor] | None) -> HeadOutput:
-        with self._autocast("head", features[0]):
-            return self.head(features, valid)
+        return self._run("head", self.head, features, valid)
 
     def _predict(self, output: HeadOutput) -> RawMaps:
-        with self._autocast("predictor", output.cls[0]):
-            return self.predictor(output)
+        return self._run("predictor", self.predictor, output)
 
-    @contextmanager
-    def _autocast(self, part: str, like: Tensor) -> Iterator[None]:
+    def _run(self, part: str, module: Callable[..., Any], inputs: Any, *more: Any) -> Any:
+        """A part in its own precision. One without takes float32 inputs, unless the surroundings run in another."""
+        device = next(self.parameters()).device.type
         dtype = self.precision.get(part)
-        if dtype is None:
-            yield
-            return
-        with torch.autocast(like.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            yield
+        if dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(device, dtype=dtype):
+                return module(inputs, *more)
+        if dtype is None and torch.is_autocast_enabled(device):
+            return module(inputs, *more)
+        with torch.autocast(device, enabled=False):
+            return module(_float32(inputs), *more)
+
+
+def _float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float()
+    if isinstance(value, HeadOutput):
+        return HeadOutput(_float32(value.cls), _float32(value.reg), value.routing)
+    return [_float32(item) for item in value]
 
 
 def _dtypes(precision: Mapping[str, str | None]) -> dict[str, torch.dtype]:

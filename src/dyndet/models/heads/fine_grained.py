@@ -104,7 +104,9 @@ class FineGrainedNode(nn.Module):
         return gates
 
     def _record(self, name: str, path: str, level: int, gate: Tensor, area: Tensor | None) -> PathGate:
-        return PathGate(name, path, level, gate, self.costs[path], self.router_macs.get(path, 0.0), area)
+        return PathGate(
+            name, path, level, gate, self.costs[path], self.router_macs.get(path, 0.0), area, self.norm_stats != "dense"
+        )
 
     def _scale(self, path: ScalePath, x: Tensor, gate: Tensor) -> Tensor:
         mask = gate > 0 if self.norm_stats == "active" else None
@@ -164,6 +166,8 @@ class FineGrainedHead(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+        if depth < 1 or gate_kernel % 2 == 0:
+            raise ValueError(f"depth must be at least 1 and gate_kernel odd, got {depth} and {gate_kernel}")
         if not 0 < openness < 1:
             raise ValueError(f"openness must lie between 0 and 1, got {openness}")
 

@@ -45,7 +45,7 @@ class FCOS(nn.Module):
         box_normaliser_min: floor of the summed centerness that divides the box loss (1 published, 1e-6 elsewhere).
         score: final score is "sqrt" sqrt(cls * centerness), as published, or "product".
         postprocess: threshold, top-k and NMS; None takes 0.05, 1000 per level, 0.6, 100.
-        ignore_padding: leave points on padding out of the losses (the published code keeps them).
+        ignore_padding: leave points on padding out of losses and detections (the published code keeps them).
     """
 
     def __init__(
@@ -141,12 +141,20 @@ class FCOS(nn.Module):
         loss_centerness = F.binary_cross_entropy_with_logits(centerness[positive], ideal, reduction="sum")
         return {"cls": loss_cls, "box": loss_box, "centerness": loss_centerness / num_positive}
 
-    def detections(self, raw: RawMaps, images: ImageBatch) -> list[Detections]:
-        """Detections per image, in pixels of the original images."""
+    def detections(self, raw: RawMaps, images: ImageBatch, valid: Sequence[Tensor] | None = None) -> list[Detections]:
+        """Detections per image, in pixels of the original images.
+
+        Args:
+            raw: from `forward`.
+            images: for the valid and the original sizes.
+            valid: L x (B, 1, H, W) bool, False on padding.
+        """
         points = self._points(raw)
         levels = []
-        for level, stride, where in zip(raw, self.strides, points, strict=True):
+        for index, (level, stride, where) in enumerate(zip(raw, self.strides, points, strict=True)):
             probabilities = _flat(level["cls"]).sigmoid()
+            if valid is not None and self.ignore_padding:
+                probabilities = probabilities * valid[index].flatten(2).transpose(1, 2)
             quality = _flat(level["centerness"]).sigmoid()
             scores = probabilities * quality
             ltrb = self._distances(_flat(level["box"]), torch.tensor(float(stride)))
