@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch.optim import SGD
+from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet import build_detector
 from dyndet.config import build, compose_experiment
@@ -76,3 +77,22 @@ def test_multistep_without_warmup_starts_at_full_rate() -> None:
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup_multistep(optimizer, total_steps=10, milestones=[5], warmup_steps=0)
     assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_one_cycle_run_can_be_extended() -> None:
+    """The longer schedule takes over at the step reached; the saved length does not come back with the state."""
+
+    def cycle(total_steps: int) -> tuple[SGD, LRScheduler]:
+        optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+        return optimizer, one_cycle(optimizer, total_steps=total_steps)
+
+    def advance(optimizer: SGD, scheduler: LRScheduler, steps: int) -> float:
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        return optimizer.param_groups[0]["lr"]
+
+    short, long, resumed = cycle(10), cycle(30), cycle(30)
+    advance(*short, 9)
+    resumed[1].load_state_dict(short[1].state_dict())
+    assert advance(*resumed, 15) == pytest.approx(advance(*long, 24))

@@ -62,7 +62,7 @@ def test_losses_are_named_and_hold_the_routing(detector: DenseDetector) -> None:
     target = {"boxes": torch.tensor([[10.0, 10, 50, 60]]), "labels": torch.tensor([1])}
     losses = detector.losses(image()[None], [target])
     assert set(losses.terms) == {"cls", "box", "centerness", "budget"}
-    assert losses.total.item() == pytest.approx(sum(float(term) for term in losses.terms.values()))
+    assert float(losses.total.detach()) == pytest.approx(sum(float(term.detach()) for term in losses.terms.values()))
     assert losses.routing is not None
     expected = detector.budget.weight * (losses.routing.soft() / losses.routing.full()).mean()  # type: ignore[union-attr]
     assert losses.terms["budget"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -82,15 +82,17 @@ def test_crowds_do_not_train(detector: DenseDetector) -> None:
     detector.eval()
 
 
-def test_parts_can_run_in_bfloat16() -> None:
+@pytest.mark.parametrize("parts", [["backbone"], ["neck"], ["head"], ["predictor"], ["neck", "head"]])
+@pytest.mark.parametrize("head", ["plain", "fixed_small", "fine_grained_small"])
+def test_any_part_can_run_in_bfloat16(parts: list[str], head: str) -> None:
     torch.manual_seed(0)
-    mixed = build_detector("shapes_dyn", ["precision.neck=bfloat16", "precision.head=bfloat16"])
-    exact = build_detector("shapes_dyn")
+    mixed = build_detector("shapes_dyn", [f"head={head}", *(f"precision.{part}=bfloat16" for part in parts)])
+    exact = build_detector("shapes_dyn", [f"head={head}"])
     exact.load_state_dict(mixed.state_dict())
-    a, b = mixed.raw_outputs(image()[None]), exact.raw_outputs(image()[None])
-    assert a[0]["cls"].dtype == torch.float32
-    assert torch.allclose(a[0]["cls"], b[0]["cls"], atol=0.05)
-    assert not torch.equal(a[0]["cls"], b[0]["cls"])
+    a, b = mixed.eval().raw_outputs(image()[None]), exact.eval().raw_outputs(image()[None])
+    assert a[0]["cls"].dtype == (torch.bfloat16 if "predictor" in parts else torch.float32)
+    assert torch.allclose(a[0]["cls"].float(), b[0]["cls"], atol=0.05)
+    assert not torch.equal(a[0]["cls"].float(), b[0]["cls"])
     mixed.train()
     losses = mixed.losses(image()[None], [{"boxes": torch.tensor([[10.0, 10, 50, 60]]), "labels": torch.tensor([1])}])
     assert all(term.dtype == torch.float32 for term in losses.terms.values())

@@ -210,3 +210,22 @@ def test_prior() -> None:
     bias = partial(predictor)().cls.bias
     assert bias is not None
     assert bias.tolist() == pytest.approx([-math.log(99)] * CLASSES)
+
+
+def test_padding_holds_no_detections() -> None:
+    """Positions on padding score 1 and their boxes reach into the image; none of them is a detection."""
+    predictor = FCOS(8, STRIDES, num_classes=CLASSES)
+    image = torch.tensor([[32, 40]])
+    batch = ImageBatch(torch.zeros(1, 3, 64, 80), image, image)
+    valid = valid_masks(image, SHAPES, STRIDES)
+    assert valid is not None
+    raw = [
+        {
+            "cls": torch.where(on_image, -20.0, 20.0).expand(1, CLASSES, *shape).clone(),
+            "box": torch.full((1, 4, *shape), 9.0),
+            "centerness": torch.full((1, 1, *shape), 20.0),
+        }
+        for on_image, shape in zip(valid, SHAPES, strict=True)
+    ]
+    assert len(predictor.detections(raw, batch)[0]) > 0
+    assert len(predictor.detections(raw, batch, valid)[0]) == 0
