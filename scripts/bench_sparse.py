@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dyndet.models.heads.paths import DepthPath
-from dyndet.ops.masked_conv import masked_conv
+from dyndet.ops import masked_conv
 from dyndet.structures import ConvCost, PathGate
 
 

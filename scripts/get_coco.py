@@ -26,20 +26,24 @@ def fetch(url: str, target: Path) -> None:
     partial = target.with_suffix(".part")
     done = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    total = None
     try:
         with urllib.request.urlopen(request, timeout=60) as response, partial.open("ab") as file:
             if done and response.status != 206:  # the server starts over
                 file.truncate(0)
                 done = 0
-            total = done + int(response.headers.get("Content-Length", 0))
+            length = response.headers.get("Content-Length")
+            total = None if length is None else done + int(length)
             while chunk := response.read(1 << 20):
                 file.write(chunk)
                 done += len(chunk)
-                print(f"\r{target.name}: {done / 2**20:.0f} of {total / 2**20:.0f} MiB", end="", flush=True)
+                print(f"\r{target.name}: {done / 2**20:.0f} of {(total or 0) / 2**20:.0f} MiB", end="", flush=True)
         print()
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the file was complete already
             raise
+    if total is not None and done < total:
+        raise urllib.error.URLError(f"the connection ended after {done} of {total} bytes")
     partial.rename(target)
 
 
@@ -52,10 +56,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for part in arguments.parts:
         archive_name, witness = PARTS[part]
-        if (folder / witness).exists():
+        archive = folder / Path(archive_name).name
+        if (folder / witness).exists() and not archive.exists():  # the archive goes once all of it is unpacked
             print(f"{part}: already there")
             continue
-        archive = folder / Path(archive_name).name
         try:
             if not archive.exists():
                 fetch(f"{SOURCE}/{archive_name}", archive)

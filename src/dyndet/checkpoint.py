@@ -58,7 +58,7 @@ def resume_path(config: DictConfig) -> str | None:
     """The checkpoint that `ckpt_path` means: a file, "last" (the newest run of this experiment), or none.
 
     Raises:
-        UserError: if there is nothing to resume from.
+        UserError: if there is nothing to resume from, or the file is no checkpoint.
     """
     wanted = config.ckpt_path
     if wanted is None:
@@ -72,4 +72,5 @@ def resume_path(config: DictConfig) -> str | None:
         return str(run / "checkpoints" / "last.ckpt")
     if not Path(wanted).is_file():
         raise UserError(f"ckpt_path={wanted}: no such file; give a checkpoint or 'last'")
+    read_checkpoint(wanted)
     return str(wanted)

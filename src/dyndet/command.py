@@ -7,13 +7,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dyndet.config import CONFIG_MODULE, explain
@@ -60,10 +64,13 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     @functools.wraps(task)
     def job(config: DictConfig) -> object:
         try:
-            return task(config)
+            _require_all(config)
+            with _standing_alone():
+                return task(config)
         # Caught here, because Hydra would announce it with a line of its own.
         except UserError as error:
-            return _fail(str(error), verbose)
+            # A loader's process sends its error as a traceback that ends with the message.
+            return _fail(str(error).rpartition(f"{type(error).__name__}: ")[2], verbose)
         except OmegaConfBaseException as error:
             return _fail(explain(error, sys.argv[1:], config_name), verbose)
 
@@ -71,6 +78,33 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error, sys.argv[1:], config_name), verbose)
+
+
+def _require_all(config: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(config), key=lambda key: key.count("."))
+    if missing:
+        raise UserError(f"{missing[0]} must be given: add {missing[0]}=... to the command")
+
+
+@contextmanager
+def _standing_alone() -> Iterator[None]:
+    """Keeps a multirun's jobs apart: further processes of a job run this job alone, and none outlives it."""
+    running: Any = HydraConfig.get()
+    if running.mode != RunMode.MULTIRUN:
+        yield
+        return
+    flags = [item for item in sys.argv[1:] if item.startswith("-") or not ("=" in item or item.startswith("~"))]
+    sys.argv[1:] = [flag for flag in flags if flag not in ("-m", "--multirun")] + list(running.overrides.task)
+    with read_write(running):
+        running.run.dir = running.runtime.output_dir
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.clear()  # ranks and addresses of the job's processes
+        os.environ.update(environment)
 
 
 def _fail(message: str, verbose: bool) -> NoReturn:

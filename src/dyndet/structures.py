@@ -230,6 +230,11 @@ class PathGate:
         return (self.gate > 0).sum((1, 2, 3)) / self.positions().clamp(min=1)
 
 
+def _wide(counts: Tensor) -> Tensor:
+    """Float64, which Apple's GPUs do not have: float32 there."""
+    return counts.float() if counts.device.type == "mps" else counts.double()
+
+
 def _dilate(gate: Tensor, reach: int, valid: Tensor | None) -> Tensor:
     if reach == 0:
         return gate
@@ -261,7 +266,14 @@ class Routing:
             return self._sum(torch.ones_like, ())
 
     def overhead(self) -> Tensor:
-        return torch.stack([item.positions().double() * item.router_macs for item in self.gates]).sum(0)
+        return torch.stack([_wide(item.positions()) * item.router_macs for item in self.gates]).sum(0)
+
+    def positions(self) -> Tensor:
+        """(B,) positions of the pyramid that were routed."""
+        first = self.gates[0]
+        return torch.stack(
+            [item.positions() for item in self.gates if (item.node, item.path) == (first.node, first.path)]
+        ).sum(0)
 
     def used_ratio(self) -> Tensor:
         """(B,) share of the full cost that was executed."""
@@ -281,7 +293,7 @@ class Routing:
             if items[0].valid is not None:
                 weight = weight * items[0].valid
             for cost in costs:
-                part = _dilate(weight, cost.reach, items[0].valid).sum((1, 2, 3), dtype=torch.float64) * cost.macs
+                part = _wide(_dilate(weight, cost.reach, items[0].valid).sum((1, 2, 3))) * cost.macs
                 total = part if total is None else total + part
         if total is None:
             raise ValueError("this routing has no gates, so it has no cost")

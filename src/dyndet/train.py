@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -15,9 +15,8 @@ from dyndet.checkpoint import resume_path
 from dyndet.command import run
 from dyndet.config import build
 from dyndet.lightning.detection import DetectionModule
+from dyndet.lightning.finish import closing, finish
 from dyndet.report.summary import print_summary
-
-log = logging.getLogger(__name__)
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -38,45 +37,24 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.compile:
         for name in ("backbone", "neck"):  # static graphs; the head routes
             module.detector.get_submodule(name).compile()
-    loggers = [build(item) for item in config.logger.values()]
-    callbacks = [build(item) for item in config.callbacks.values() if item is not None]
+    loggers, callbacks = (
+        [build(item) for item in (config.get(group) or {}).values() if item is not None]
+        for group in ("logger", "callbacks")
+    )
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        _finish(trainer, module, data, Path(config.output_dir))
-    finally:
-        _close(loggers)
-    if trainer.received_sigterm:
-        raise SystemExit(143)  # what a scheduler expects of a job that it ended
+        with closing(loggers):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+            finish(trainer, module, data, Path(config.output_dir))
+    except SIGTERMException:
+        raise SystemExit(143) from None  # what a scheduler expects of a job that it ended
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     report = module.compute.compute()
     if trainer.is_global_zero:
         print_summary(report, metrics, Path(config.output_dir))
     return metrics
-
-
-def _finish(trainer: Trainer, module: DetectionModule, data: Any, folder: Path) -> None:
-    """Makes the last checkpoint and the last validation those of the final weights, whatever the intervals were."""
-    if trainer.received_sigterm:
-        return
-    last = folder / "checkpoints" / "last.ckpt"
-    saved = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.is_file() else -1
-    trainer.strategy.barrier()
-    if saved != trainer.global_step:
-        trainer.save_checkpoint(last)
-    if module.validated_step != trainer.global_step:
-        trainer.validate(module, data, verbose=False)
-
-
-def _close(loggers: list[Any]) -> None:
-    """Ends every logger's run, so that the jobs of a multirun stay apart."""
-    for logger in loggers:
-        logger.finalize("success")
-        finish = getattr(logger.experiment, "finish", None) if type(logger).__name__ == "WandbLogger" else None
-        if finish is not None:
-            finish()
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def test_closed_form() -> None:
     assert (report.head.mean, report.head.min, report.head.max) == (pytest.approx(500 / 3), 0, 400)
     assert report.full.mean == report.full.min == report.full.max == 500
     assert report.overhead == 6
+    assert report.reference.max == 400 * 22_400 / 4  # the used MACs per position of the pyramid
     assert (report.total.min, report.total.max) == (1306, 2206)
     assert report.total.mean == pytest.approx((1606 + 1306 + 2206) / 3)
     assert report.ratio == pytest.approx((0.8 + 0.2 + 0) / 3)

@@ -229,3 +229,13 @@ def test_padding_holds_no_detections() -> None:
     ]
     assert len(predictor.detections(raw, batch)[0]) > 0
     assert len(predictor.detections(raw, batch, valid)[0]) == 0
+
+
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_labels_outside_the_classes_are_named(label: int) -> None:
+    """Counting labels from 1 is a common mistake; the last class would quietly be background."""
+    predictor = FCOS(8, STRIDES, num_classes=CLASSES)
+    raw = predictor(HeadOutput(*[[torch.zeros(1, 8, *shape) for shape in SHAPES]] * 2))
+    target = Target(torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([label]), torch.tensor([False]))
+    with pytest.raises(ValueError, match=r"0\.\.2"):
+        predictor.losses(raw, [target])

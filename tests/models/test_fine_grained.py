@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dyndet.models.budget import Budget
+from dyndet.models.heads import paths
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.gates import RestrictedTanh, Softmax
 from dyndet.models.heads.paths import exchange
+from dyndet.ops.conv import Impl
 from dyndet.structures import PathGate, Routing
 
 SHAPES = [(12, 16), (6, 8), (3, 4)]
@@ -109,19 +111,20 @@ def test_the_published_mode_differs_between_training_and_inference() -> None:
     assert not torch.allclose(training.cls[0], inference.cls[0], atol=1e-3)
 
 
-def test_masked_depth_path_equals_the_dense_one_where_it_is_active() -> None:
+@pytest.mark.parametrize("impl", ["dense", "gather"])
+def test_masked_depth_path_equals_the_dense_one_where_it_is_active(impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms off: conv 1 runs on the dilation of conv 2's mask, so every input of conv 2 is there."""
+    monkeypatch.setattr(paths, "_norm", lambda norm, features, mask: features)
     path = head().cls[0].depth
-    path.norm1, path.norm2 = (torch.nn.GroupNorm(2, 8) for _ in range(2))
     x = pyramid()[0]
-    outer = torch.rand(2, 1, *SHAPES[0], generator=torch.Generator().manual_seed(1)) < 0.2
-    inner = F.max_pool2d(outer.float(), 3, 1, 1) > 0
-    hidden = F.conv2d(x, path.conv1.weight, padding=1).relu()
-    dense = F.conv2d(hidden, path.conv2.weight, padding=1)
-    masked = F.conv2d(hidden * inner, path.conv2.weight, padding=1)
-    assert torch.allclose(dense * outer, masked * outer, atol=1e-6)
-    gate = PathGate("n", "depth", 0, outer.float(), path.costs())
-    assert torch.equal(gate.mask(1), inner) and torch.equal(gate.mask(0), outer)
+    gate = (torch.rand(2, 1, *SHAPES[0], generator=torch.Generator().manual_seed(1)) < 0.2).float()
+    decision = PathGate("n", "depth", 0, gate, path.costs())
+    inner, outer = decision.mask(1), decision.mask(0)
+    assert torch.equal(outer, gate > 0) and torch.equal(inner, F.max_pool2d(gate, 3, 1, 1) > 0)
+    dense = F.conv2d(F.conv2d(x, path.conv1.weight, padding=1).relu(), path.conv2.weight, padding=1)
+    assert torch.allclose(path.masked(x, inner, outer, impl), dense * outer, atol=1e-5)
+    too_small = path.masked(x, outer, outer, impl)
+    assert not torch.allclose(too_small, dense * outer, atol=1e-2)
 
 
 @settings(max_examples=25, deadline=None)
@@ -192,18 +195,18 @@ def test_padding_is_closed_and_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gating", "paths"),
+    ("gating", "gated"),
     [("none", set()), ("scale", {"up", "down"}), ("depth", {"depth"}), ("both", {"up", "down", "depth"})],
 )
-def test_ablated_paths_are_always_on(gating: str, paths: set[str]) -> None:
+def test_ablated_paths_are_always_on(gating: str, gated: set[str]) -> None:
     module = scattered(gating=gating).eval()
-    assert set(module.cls[0].gates) == paths
+    assert set(module.cls[0].gates) == gated
     with torch.no_grad():
         routing = module(pyramid()).routing
     for gate in routing.gates:
         always = bool((gate.gate == 1).all())
-        assert always == (gate.path not in paths)
-        assert (gate.router_macs > 0) == (gate.path in paths)
+        assert always == (gate.path not in gated)
+        assert (gate.router_macs > 0) == (gate.path in gated)
 
 
 def test_coarse_gates_are_constant_over_a_level() -> None:
@@ -223,6 +226,16 @@ def test_softmax_gates_share_one_at_every_position() -> None:
         assert len(three) == 3
         assert torch.allclose(sum(three), torch.ones(()), atol=1e-6)  # type: ignore[arg-type]
     assert routing.used_ratio().tolist() == [1, 1]
+
+
+def test_softmax_over_positions_spends_nothing_on_padding() -> None:
+    module = scattered(activation=Softmax("positions")).eval()
+    valid = [torch.ones(2, 1, *shape, dtype=torch.bool) for shape in SHAPES]
+    valid[0][1, :, :, 8:] = False
+    with torch.no_grad():
+        routing = module(pyramid(), valid).routing
+    for gate in routing.gates:
+        assert torch.allclose(gate.gate.sum((1, 2, 3)), torch.ones(2), atol=1e-5)
 
 
 def test_levels_exchange_with_their_neighbours_only() -> None:

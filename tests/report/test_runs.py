@@ -116,6 +116,8 @@ def test_order_is_natural_and_results_without_hydra_count(tmp_path: Path) -> Non
         ("{max_epochs: 3, check_val_every_n_epoch: 2}", ""),
         ("{max_epochs: '${epochs}'}", ""),
         ("{max_epochs: -1}", ""),
+        ("{max_epochs: -1, max_steps: 40}", ""),
+        ("{max_epochs: -1, max_steps: 90000}", "unfinished: step 39 of 90000"),
         ("[oops", "config.yaml cannot be read"),
     ],
 )

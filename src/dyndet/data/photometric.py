@@ -31,6 +31,8 @@ class Photometric:
         self.amounts = tuple(amounts.values())
 
     def __call__(self, sample: Sample, generator: Generator) -> Sample:
+        if not any(self.amounts):
+            return sample
         draws = (2 * torch.rand(3, generator=generator) - 1).tolist()
         brightness, contrast, saturation = (1 + x * draw for x, draw in zip(self.amounts, draws, strict=True))
         return replace(sample, image=scale_colours(sample.image, brightness, contrast, saturation))

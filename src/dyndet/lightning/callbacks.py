@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dyndet.structures import Batch, Detections, Target
 
@@ -48,6 +49,14 @@ class ExactResume(Callback):
         if "cuda" in self._pending and torch.cuda.is_available():
             torch.cuda.set_rng_state(self._pending["cuda"].cpu())
         self._pending = None
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Saves interrupted runs as well, but not when one of several processes fails: the others would never join it."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            super().on_exception(trainer, pl_module, exception)
 
 
 class ResultFile(Callback):

@@ -16,6 +16,7 @@ GateKey = tuple[str, str, int]
 """Node, path and level of a gate."""
 
 GIGA = 1e9
+REFERENCE_POSITIONS = 22_400  # of an 800x1344 image on strides 8 to 128, where the papers quote costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class ComputeReport:
         images: number of images.
         head: executed by the head, routers not counted (as in the papers).
         full: what the head costs with every gate open.
+        reference: what the executed share would cost at 800x1344, the size of the published tables; nan for a static
+            head, whose cost `count_macs` gives.
         total: executed by the whole detector, routers included.
         overhead: mean cost of the routers.
         parts: mean of every static part.
@@ -54,6 +57,7 @@ class ComputeReport:
     images: int
     head: Spread
     full: Spread
+    reference: Spread
     total: Spread
     overhead: float
     parts: dict[str, float]
@@ -74,7 +78,11 @@ class ComputeReport:
         """Flat names for loggers: `macs/...` and the open share of every gate under `gates/...`."""
         scalars = {
             f"macs/{name}_{kind}": getattr(spread, kind)
-            for name, spread in (("head_used", self.head), ("total", self.total))
+            for name, spread in (
+                ("head_used", self.head),
+                ("total", self.total),
+                *([("head_reference", self.reference)] if self.open else []),
+            )
             for kind in ("mean", "min", "max")
         }
         scalars |= {
@@ -92,9 +100,12 @@ class ComputeReport:
 
     def as_table(self) -> list[dict[str, str]]:
         """Rows as in Table 1 of Song et al. 2020: head and total, mean, max and min in GMAC per image."""
+        rows = [("head", self.head), ("total", self.total)]
+        if self.open:
+            rows.append(("head at 800x1344", self.reference))
         return [
             {"GMAC": name} | {kind: f"{getattr(spread, kind) / GIGA:.3f}" for kind in ("mean", "max", "min")}
-            for name, spread in (("head", self.head), ("total", self.total))
+            for name, spread in rows
         ]
 
 
@@ -106,6 +117,7 @@ class _Image:
     soft: float
     full: float
     overhead: float
+    reference: float
     parts: dict[str, float]
 
     @property
@@ -167,19 +179,20 @@ class ComputeMeter:
         Raises:
             ValueError: if routing and static disagree on the number of images.
         """
-        costs = torch.zeros(4, len(static), dtype=torch.float64)
+        costs = torch.zeros(5, len(static), dtype=torch.float64)
         if routing is not None and routing.gates:
             with torch.no_grad():
-                rows = [routing.used(), routing.soft(), routing.full(), routing.overhead()]
-                costs = torch.stack([row.detach().double() for row in rows]).cpu()
+                reference = routing.used() * (REFERENCE_POSITIONS / routing.positions())
+                rows = [routing.used(), routing.soft(), routing.full(), routing.overhead(), reference]
+                costs = torch.stack([row.detach().cpu().double() for row in rows])
             if costs.shape[1] != len(static):
                 raise ValueError(f"routing has {costs.shape[1]} images, static costs have {len(static)}")
             self._add_gates(routing.gates)
         images = []
-        for parts, (used, soft, full, overhead) in zip(static, costs.T.tolist(), strict=True):
+        for parts, (used, soft, full, overhead, reference) in zip(static, costs.T.tolist(), strict=True):
             head = float(parts.get("head", 0.0))
             numbers = {part: float(value) for part, value in parts.items()}
-            images.append(_Image(used + head, soft + head, full + head, overhead, numbers))
+            images.append(_Image(used + head, soft + head, full + head, overhead, reference, numbers))
         self._state.images += images
         return [image.total for image in images]
 
@@ -193,6 +206,7 @@ class ComputeMeter:
             images=len(images),
             head=Spread.of(used),
             full=Spread.of(full),
+            reference=Spread.of([image.reference for image in images if gates]),
             total=Spread.of([image.total for image in images]),
             overhead=Spread.of([image.overhead for image in images]).mean,
             parts={name: Spread.of([image.parts.get(name, 0.0) for image in images]).mean for name in names},
@@ -206,7 +220,7 @@ class ComputeMeter:
         )
 
     def _add_gates(self, gates: Sequence[PathGate]) -> None:
-        densities = torch.stack([gate.density().detach().double() for gate in gates]).cpu()
+        densities = torch.stack([gate.density().detach().cpu().double() for gate in gates])
         for gate, row in zip(gates, densities, strict=True):
             tally = _Tally(len(row), float(row.sum()), float(row.min()), float(row.max()))
             self._state.gates.setdefault((gate.node, gate.path, gate.level), _Tally()).add(tally)

@@ -9,19 +9,15 @@ from dyndet.ops.flops import count_macs
 
 
 class StaticCosts:
-    """Dense multiply-adds per part and image size, counted once per size.
-
-    Sizes are rounded up to the detector's padding divisor: what a batch of this one image would be padded to.
-    """
+    """Dense multiply-adds per part and image size, counted once per size; padding does not count."""
 
     def __init__(self, detector: Detector) -> None:
         self._detector = detector
-        self._divisor = detector.preprocess.divisor
         self._known: dict[tuple[int, int], dict[str, int]] = {}
 
     def __call__(self, size: Sequence[int], *, routed: bool) -> dict[str, int]:
         """(H, W) in pixels -> MACs of the parts that always run; a routed head is not among them."""
-        height, width = (-(-side // self._divisor) * self._divisor for side in size)
+        height, width = size
         if (height, width) not in self._known:
             self._known[height, width] = count_macs(self._detector, (height, width))
         parts = self._known[height, width]

@@ -19,10 +19,15 @@ class Budget(nn.Module):
         weight: lambda. It buys a trade-off, not a cost: log and select on used cost.
         scale_gradient: "on" lets the budget close scale gates as well; "published" keeps their cost in the value but
             gives them no gradient, as the released code does.
+
+    Raises:
+        ValueError: on a negative weight or an unknown choice.
     """
 
     def __init__(self, weight: float, *, scale_gradient: Literal["on", "published"] = "on") -> None:
         super().__init__()
+        if not isinstance(weight, int | float) or weight < 0:
+            raise ValueError(f"weight must be a number from 0, got {weight!r}")
         if scale_gradient not in ("on", "published"):
             raise ValueError(f"scale_gradient must be 'on' or 'published', got {scale_gradient!r}")
         self.weight = weight

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,15 +23,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"no weight file at {path.resolve()}: set backbone.weights to a local file, 'timm' or 'none'")
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         raise UserError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -43,6 +46,7 @@ def load_backbone_weights(body: nn.Module, path: Path) -> None:
     weights = read_weights(path)
     if any(key.startswith("_conv_stem") for key in weights):
         weights = _from_efficientnet_lite(weights)
+    weights = _as_features(weights, body)
     expected = body.state_dict()
     missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     wrong = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
@@ -52,6 +56,19 @@ def load_backbone_weights(body: nn.Module, path: Path) -> None:
             f"{len(wrong)} of another shape ({', '.join(wrong[:3])}). Is it the weight file of this backbone.name?"
         )
     body.load_state_dict({key: weights.get(key, value) for key, value in expected.items()})
+
+
+def _as_features(weights: dict[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
+    """Names of timm's whole model -> those of its `features_only` model, whose children are the single stages."""
+    children = {name for name, _ in body.named_children()}
+    prefix = "model." if children == {"model"} else ""
+    renamed = {}
+    for key, tensor in weights.items():
+        first, _, rest = key.partition(".")
+        index, _, tail = rest.partition(".")
+        flat = f"{first}_{index}"
+        renamed[f"{flat}.{tail}" if first not in children and flat in children else prefix + key] = tensor
+    return renamed
 
 
 def _from_efficientnet_lite(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -154,9 +154,12 @@ def _unfinished(home: Path, metrics: dict[str, float]) -> str:
     epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps")
     every = trainer.get("check_val_every_n_epoch")
     done = int(metrics["epoch"]) + (every if isinstance(every, int) else 1)
-    if not isinstance(epochs, int) or epochs < 0 or done >= epochs:
+    last = steps if isinstance(steps, int) and steps > 0 else None
+    if last is not None and last <= metrics.get("step", 0) + 1:
         return ""
-    if isinstance(steps, int) and 0 < steps <= metrics.get("step", 0) + 1:
+    if not isinstance(epochs, int) or epochs < 0:
+        return "" if last is None else f"unfinished: step {int(metrics.get('step', 0))} of {last}"
+    if done >= epochs:
         return ""
     return f"unfinished: epoch {int(metrics['epoch']) + 1} of {epochs}"
 

@@ -116,7 +116,7 @@ class DenseDetector(Detector):
         return self._run("predictor", self.predictor, output)
 
     def _run(self, part: str, module: Callable[..., Any], inputs: Any, *more: Any) -> Any:
-        """A part in its own precision. One without takes float32 inputs, unless the surroundings run in another."""
+        """A part in its own precision. One without takes inputs like its weights, unless autocast surrounds it."""
         device = next(self.parameters()).device.type
         dtype = self.precision.get(part)
         if dtype in (torch.bfloat16, torch.float16):
@@ -125,15 +125,15 @@ class DenseDetector(Detector):
         if dtype is None and torch.is_autocast_enabled(device):
             return module(inputs, *more)
         with torch.autocast(device, enabled=False):
-            return module(_float32(inputs), *more)
+            return module(_cast(inputs, next(self.parameters()).dtype), *more)
 
 
-def _float32(value: Any) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        return value.float()
+        return value.to(dtype)
     if isinstance(value, HeadOutput):
-        return HeadOutput(_float32(value.cls), _float32(value.reg), value.routing)
-    return [_float32(item) for item in value]
+        return HeadOutput(_cast(value.cls, dtype), _cast(value.reg, dtype), value.routing)
+    return [_cast(item, dtype) for item in value]
 
 
 def _dtypes(precision: Mapping[str, str | None]) -> dict[str, torch.dtype]:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh
 from dyndet.models.heads.paths import DepthPath, ScalePath, exchange
-from dyndet.ops.masked_conv import Impl
+from dyndet.ops.conv import Impl
 from dyndet.structures import HeadOutput, PathGate, Routing
 
 NormStats = Literal["active", "dense", "published"]
 Gating = Literal["both", "depth", "scale", "none"]
+
+
+_CLOSED = -1e4  # logit of a position that does not exist
 
 
 class FineGrainedNode(nn.Module):
@@ -97,6 +100,8 @@ class FineGrainedNode(nn.Module):
         """Gates (B, 1, H, W) of the paths; an ungated path is fully open. Padding is closed."""
         decided = [path for path in paths if path in self.gates]
         logits = [self.gates[path](x, area) for path in decided]
+        if area is not None:  # a softmax over positions must not spend on padding
+            logits = [logit.masked_fill(~area, _CLOSED) for logit in logits]
         gates = dict(zip(decided, self.activation(torch.cat(logits, 1)).split(1, 1), strict=True)) if decided else {}
         for path in paths:
             gate = gates[path] if path in gates else x.new_ones(x.shape[0], 1, *x.shape[2:], dtype=torch.float32)

@@ -25,12 +25,14 @@ class FixedNode(nn.Module):
         self.output_weight = nn.Parameter(torch.ones(1))
         self.depth = DepthPath(channels, norm_groups)
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        received = exchange([self.down(x) for x in features], [self.up(x) for x in features])
+    def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor | None]) -> list[Tensor]:
+        pairs = list(zip(features, valid, strict=True))
+        received = exchange([self.down(x, area) for x, area in pairs], [self.up(x, area) for x, area in pairs])
         outputs = []
-        for x, neighbours in zip(features, received, strict=True):
+        for (x, area), neighbours in zip(pairs, received, strict=True):
             summed = self.output_weight * x if neighbours is None else self.output_weight * x + neighbours
-            outputs.append(F.relu(summed + self.depth(summed)))
+            deeper = self.depth(summed) if area is None else self.depth.masked(summed, area, area, "dense")
+            outputs.append(F.relu(summed + deeper))
         return outputs
 
 
@@ -49,10 +51,14 @@ class FixedHead(nn.Module):
         self.reg = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
-        """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes."""
+        """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes.
+
+        Norms see the positions that `valid`, L x (B, 1, H, W), marks: the result does not depend on padding.
+        """
+        areas: Sequence[Tensor | None] = valid or [None] * len(features)
         cls, reg = list(features), list(features)
         for node in self.cls:
-            cls = node(cls)
+            cls = node(cls, areas)
         for node in self.reg:
-            reg = node(reg)
+            reg = node(reg, areas)
         return HeadOutput(cls, reg)

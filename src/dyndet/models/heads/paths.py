@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndet.models.heads.init import init_normal
-from dyndet.ops.masked_conv import Impl, masked_conv
+from dyndet.ops.conv import Impl, masked_conv
 from dyndet.ops.masked_norm import masked_group_norm
 from dyndet.structures import ConvCost
 

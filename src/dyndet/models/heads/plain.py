@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dyndet.models.heads.init import init_normal
+from dyndet.ops.masked_norm import masked_group_norm
 from dyndet.structures import HeadOutput
 
 
@@ -25,8 +26,24 @@ class PlainHead(nn.Module):
         self.reg = _tower(channels, num_convs, norm_groups)
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
-        """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes."""
-        return HeadOutput([self.cls(x) for x in features], [self.reg(x) for x in features])
+        """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes.
+
+        Norms see the positions that `valid`, L x (B, 1, H, W), marks: the result does not depend on padding.
+        """
+        areas: Sequence[Tensor | None] = valid or [None] * len(features)
+        cls, reg = (
+            [_run(tower, x, area) for x, area in zip(features, areas, strict=True)] for tower in (self.cls, self.reg)
+        )
+        return HeadOutput(cls, reg)
+
+
+def _run(tower: nn.Sequential, x: Tensor, valid: Tensor | None) -> Tensor:
+    for layer in tower:
+        if valid is not None and isinstance(layer, nn.GroupNorm):
+            x = masked_group_norm(x, layer.num_groups, layer.weight, layer.bias, mask=valid, eps=layer.eps)
+        else:
+            x = layer(x)
+    return x if valid is None else x * valid
 
 
 def _tower(channels: int, num_convs: int, norm_groups: int) -> nn.Sequential:

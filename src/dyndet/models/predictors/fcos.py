@@ -112,7 +112,16 @@ class FCOS(nn.Module):
             raw: from `forward`.
             targets: per image, without crowd.
             valid: L x (B, 1, H, W) bool, False on padding.
+
+        Raises:
+            ValueError: if a label is not in 0..K-1.
         """
+        seen = torch.cat([target.labels for target in targets])
+        if len(seen) and not 0 <= int(seen.min()) <= int(seen.max()) < self.num_classes:
+            raise ValueError(
+                f"labels must lie in 0..{self.num_classes - 1} (num_classes={self.num_classes}), but reach from "
+                f"{int(seen.min())} to {int(seen.max())}"
+            )
         points = self._points(raw)
         assigned = [self.assigner(points, self.strides, target, self.num_classes) for target in targets]
         labels = torch.stack([item.labels for item in assigned])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndet.ops.masked_conv import masked_conv
+from dyndet.ops import masked_conv
 
 
 @settings(max_examples=60, deadline=None)

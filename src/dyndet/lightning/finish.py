@@ -1,0 +1,45 @@
+"""The end of a run: what it leaves behind is of its final weights, and every logger is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from dyndet.lightning.detection import DetectionModule
+
+
+def finish(trainer: Trainer, module: DetectionModule, data: LightningDataModule, folder: Path) -> None:
+    """Makes the last checkpoint and the last validation those of the final weights, whatever the intervals were.
+
+    Args:
+        trainer: after `fit`.
+        module: that was trained.
+        data: to validate on.
+        folder: of the run.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.is_file() else -1
+    # The main process decides for all: saving waits for everyone.
+    if trainer.strategy.broadcast(saved) != trainer.global_step:
+        trainer.save_checkpoint(last)
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
+
+
+@contextmanager
+def closing(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Ends every logger's run with its outcome, so that the jobs of a multirun stay apart."""
+    outcome = "failed"
+    try:
+        yield
+        outcome = "success"
+    finally:
+        for logger in loggers:
+            logger.finalize(outcome)
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish(exit_code=int(outcome == "failed"))
