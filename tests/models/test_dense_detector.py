@@ -99,6 +99,16 @@ def test_any_part_can_run_in_bfloat16(parts: list[str], head: str) -> None:
     losses.total.backward()
 
 
+def test_a_whole_detector_can_be_bfloat16() -> None:
+    detector = build_detector("shapes_dyn").to(torch.bfloat16)
+    assert detector.raw_outputs(image()[None])[0]["cls"].dtype == torch.bfloat16
+    detector.train()
+    target = {"boxes": torch.tensor([[10.0, 10, 50, 60]]), "labels": torch.tensor([1])}
+    losses = detector.losses(image()[None], [target])
+    assert losses.total.dtype == torch.float32
+    losses.total.backward()
+
+
 def test_wrong_images_are_named(detector: DenseDetector) -> None:
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         detector.detect(torch.zeros(3, 8, 8))
