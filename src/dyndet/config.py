@@ -106,7 +106,7 @@ def explain(error: Exception, arguments: Sequence[str], command: str = "train") 
     if isinstance(error, ConfigCompositionException) and wrong:
         key = wrong.group(1)
         near = _nearest(key, _keys(command, arguments, key))
-        return f"there is no key {key!r} to set.{near} (--cfg job prints all keys)"
+        return f"there is no key {key!r} to set.{near} (--cfg job prints all keys; +{key}=... adds one)"
     missing_value = re.search(r"Missing mandatory value: (\S+)", text)
     if missing_value:
         return f"{missing_value.group(1)} must be given: add {missing_value.group(1)}=... to the command"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dyndet.models.detectors.base import Detector
-from dyndet.ops.flops import count_macs
+from dyndet.ops.flops import MacCounter
 
 
 class StaticCosts:
@@ -13,12 +13,16 @@ class StaticCosts:
 
     def __init__(self, detector: Detector) -> None:
         self._detector = detector
-        self._known: dict[tuple[int, int], dict[str, int]] = {}
+        self._counter: MacCounter | None = None
+        self._known: dict[tuple[int, int, bool], dict[str, int]] = {}
 
     def __call__(self, size: Sequence[int], *, routed: bool) -> dict[str, int]:
         """(H, W) in pixels -> MACs of the parts that always run; a routed head is not among them."""
         height, width = size
-        if (height, width) not in self._known:
-            self._known[height, width] = count_macs(self._detector, (height, width))
-        parts = self._known[height, width]
-        return {part: macs for part, macs in parts.items() if part != "total" and not (routed and part == "head")}
+        key = height, width, routed
+        if key not in self._known:
+            if self._counter is None:  # not before it is needed: it copies the detector
+                self._counter = MacCounter(self._detector)
+            counts = self._counter.count((height, width), head=not routed)
+            self._known[key] = {part: macs for part, macs in counts.items() if part != "total"}
+        return self._known[key]

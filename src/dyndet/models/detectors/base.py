@@ -82,11 +82,12 @@ class Detector(nn.Module, ABC):
         """The predictor's maps per level before decoding (for FCOS `cls`, `box`, `centerness`)."""
 
     @abstractmethod
-    def stages(self, pixels: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
         """The parts in order, each as a call on what came before: for counting and timing a dense pass.
 
         Args:
             pixels: (B, 3, H, W) network input, already preprocessed.
+            head: False leaves the head out; its input takes the place of its output.
         """
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ class DenseDetector(Detector):
         features, valid = self._features(self._batch(images))
         return self._predict(self._head(features, valid))
 
-    def stages(self, pixels: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
         value: Any = pixels
         for name, part in (
             ("backbone", self.backbone),
@@ -90,6 +90,9 @@ class DenseDetector(Detector):
             ("head", self.head),
             ("predictor", self.predictor),
         ):
+            if name == "head" and not head:
+                value = HeadOutput(value, value)
+                continue
             results: list[Any] = []
 
             def run(part: Callable[[Any], Any] = part, value: Any = value, results: list[Any] = results) -> None:
