@@ -22,8 +22,8 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)  ## train the dynamic detector on generated shapes (ARGS="key=value ..." overrides)
 	$(BIN)/python -m dyndet.train +experiment=shapes_dyn $(ARGS)
 
-test: $(READY)  ## run the tests (ARGS="-m 'not slow'" for a quick round)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## run the tests (ARGS="-m 'not slow'" for a quick round, ARGS=-n0 in one process)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff: style and formatting
 	$(BIN)/ruff check src kernels scripts tests
