@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dyndet.ops.flops import GIGA
 from dyndet.structures import PathGate, Routing
 
 GateKey = tuple[str, str, int]
 """Node, path and level of a gate."""
 
-GIGA = 1e9
 REFERENCE_POSITIONS = 22_400  # of an 800x1344 image on strides 8 to 128, where the papers quote costs
 
 
