@@ -191,7 +191,7 @@ class DetectionDataModule(LightningDataModule):
         try:
             split = source() if callable(source) else source
         except DataError as error:
-            raise DataError(f"{error} {self.hint}".rstrip()) from error
+            raise DataError(f"{error}. {self.hint}" if self.hint else str(error)) from error
         if limit is not None and limit < len(split):
             split = Subset(split, [i * len(split) // limit for i in range(limit)])
         if not len(split):
