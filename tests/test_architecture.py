@@ -70,4 +70,4 @@ def test_files_stay_small(path: Path) -> None:
 
 def test_kernels_are_imported_from_one_place() -> None:
     users = {name_of(path) for path in MODULES if any(item.startswith("kernels") for item in imports(path))}
-    assert {user for user in users if not user.startswith("kernels")} <= {"ops.conv"}
+    assert {user for user in users if not user.startswith("kernels")} == {"ops.sparse.execute.triton"}

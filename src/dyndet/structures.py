@@ -242,6 +242,30 @@ def _dilate(gate: Tensor, reach: int, valid: Tensor | None) -> Tensor:
     return pooled if valid is None else pooled * valid
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one sparse convolution really computed, over all images and levels of a batch.
+
+    Attributes:
+        macs: multiply-adds per row.
+        rows: rows that were asked for, a number or an int tensor (1,) that stayed on its device.
+        tile: rows are computed in multiples of it.
+        dense: every position was computed, whatever was asked for: this many rows; None when only `rows` were.
+        node: which node of which branch.
+    """
+
+    macs: float
+    rows: Tensor | int
+    tile: int = 1
+    dense: int | None = None
+    node: str = ""
+
+    def executed(self) -> Tensor | float:
+        """Multiply-adds, tiles included."""
+        rows = self.rows if self.dense is None else self.dense
+        return -(-rows // self.tile) * self.tile * self.macs
+
+
 @dataclass
 class Routing:
     """Everything a dynamic head decided on a batch. Budgets, reports, pictures and sparse execution read this value.
@@ -249,9 +273,14 @@ class Routing:
     All costs are multiply-adds per image, shape (B,): `soft` weighs positions by their gate (differentiable), `used`
     counts executed positions, `full` is what the same head costs with every gate open, `overhead` is what the routers
     themselves cost (in none of the other three, as in the papers).
+
+    Attributes:
+        gates: what was decided.
+        work: what the gated paths then really computed: tiles and dense executions count in full.
     """
 
     gates: list[PathGate] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
 
     def soft(self, detach: Sequence[str] = ()) -> Tensor:
         """Soft cost; gates of the paths named in `detach` add to the value but get no gradient."""
@@ -267,6 +296,16 @@ class Routing:
 
     def overhead(self) -> Tensor:
         return torch.stack([_wide(item.positions()) * item.router_macs for item in self.gates]).sum(0)
+
+    def executed(self) -> Tensor:
+        """Multiply-adds that the gated paths took for the whole batch, scalar, on the device.
+
+        Unlike `used` it knows how the convolutions were run: rows come in tiles, and a dense execution computes every
+        position. Norms are not in it.
+        """
+        device = self.gates[0].gate.device
+        costs = [torch.as_tensor(item.executed(), device=device).flatten()[:1].double() for item in self.work]
+        return torch.cat(costs).sum()
 
     def positions(self) -> Tensor:
         """(B,) positions of the pyramid that were routed."""

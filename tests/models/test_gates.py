@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndet.models.heads.gates import GateConv, RestrictedTanh, Sigmoid, Softmax, restricted_tanh
+from dyndet.models.heads.gates import GateConv, RestrictedTanh, Sigmoid, Softmax, gate_logits, restricted_tanh
+from dyndet.ops.sparse import RowLayout
 
 TABLE = [
     (0.0, 1.0, 2.6467),
@@ -51,17 +52,21 @@ def test_no_gradient_where_the_gate_is_closed() -> None:
 @pytest.mark.parametrize("openness", [0.5, 0.9, 0.99])
 def test_gates_start_at_the_wanted_openness(activation: torch.nn.Module, openness: float) -> None:
     bias = activation.logit(openness)  # type: ignore[operator]
-    gate = activation(GateConv(8, bias=bias)(torch.zeros(1, 8, 4, 4)))
+    layout = RowLayout.of([torch.zeros(1, 8, 4, 4)])
+    gate = activation(GateConv(8, bias=bias)(torch.zeros(17, 8), layout), layout)
     assert torch.allclose(gate, torch.tensor(openness), atol=1e-5)
 
 
 def test_softmax_axes() -> None:
-    logits = torch.randn(2, 3, 4, 5)
+    layout = RowLayout.of([torch.zeros(2, 1, 4, 5), torch.zeros(2, 1, 2, 3)])
+    logits = torch.randn(3, layout.positions)
     paths, positions = Softmax("paths"), Softmax("positions")
     assert paths.joint and not positions.joint
-    assert torch.allclose(paths(logits).sum(1), torch.ones(2, 4, 5))
-    assert torch.allclose(positions(logits).sum((2, 3)), torch.ones(2, 3))
-    assert (paths(logits) > 0).all()
+    assert torch.allclose(paths(logits, layout).sum(0), torch.ones(layout.positions))
+    for gate in positions(logits, layout):
+        for level in layout.unflat(gate):
+            assert torch.allclose(level.sum((1, 2, 3)), torch.ones(2))
+    assert (paths(logits, layout) > 0).all()
     with pytest.raises(ValueError, match="axis"):
         Softmax("levels")  # type: ignore[arg-type]
 
@@ -70,9 +75,27 @@ def test_coarse_gates_average_over_valid_positions_only() -> None:
     gate = GateConv(1, kernel=1, coarse=True)
     torch.nn.init.ones_(gate.conv.weight)
     features = torch.tensor([[[[1.0, 3.0, 100.0]]]])
-    valid = torch.tensor([[[[True, True, False]]]])
-    assert gate(features, valid).flatten().tolist() == [2.0, 2.0, 2.0]
-    assert gate(features).flatten()[0].item() == pytest.approx(104 / 3)
+    layout = RowLayout.of([features])
+    rows = layout.rows([features])
+    assert gate(rows, layout, torch.tensor([True, True, False])).tolist() == [2.0, 2.0, 2.0]
+    assert gate(rows, layout)[0].item() == pytest.approx(104 / 3)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_logits_of_several_gates_are_their_convolutions(kernel: int) -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(2, 6, 5, 4), torch.randn(2, 6, 3, 1)]
+    layout = RowLayout.of(maps)
+    gates = [GateConv(6, kernel=kernel, bias=bias) for bias in (0.5, -1.0)]
+    logits = gate_logits(gates, layout.rows(maps), layout)
+    for gate, flat in zip(gates, logits, strict=True):
+        for x, level in zip(maps, layout.unflat(flat), strict=True):
+            assert torch.allclose(level, gate.conv(x), atol=1e-5)
+
+
+def test_other_gate_kernels_are_refused() -> None:
+    with pytest.raises(ValueError, match="gate_kernel"):
+        GateConv(4, kernel=5)
 
 
 def test_the_router_is_priced() -> None:

@@ -7,18 +7,28 @@ Legend: B images, C channels, L levels; x a node's input, s the sum after the sc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh
-from dyndet.models.heads.paths import DepthPath, ScalePath, exchange
-from dyndet.ops.conv import Impl
-from dyndet.structures import HeadOutput, PathGate, Routing
+from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh, gate_logits
+from dyndet.models.heads.paths import DepthPath, ScalePath
+from dyndet.ops.sparse import (
+    Impl,
+    Plan,
+    RowLayout,
+    Stats,
+    autocast_dtype,
+    check_impl,
+    exchange_rows,
+    make_plans,
+    whole_plan,
+)
+from dyndet.structures import HeadOutput, PathGate, Routing, Work
 
-NormStats = Literal["active", "dense", "published"]
+NormStats = Literal["active", "position", "dense", "published"]
 Gating = Literal["both", "depth", "scale", "none"]
 
 
@@ -50,6 +60,7 @@ class FineGrainedNode(nn.Module):
         coarse: bool,
         cost_table: Literal["published", "corrected"],
         impl: Impl,
+        expected_density: float | None,
     ) -> None:
         super().__init__()
         self.down = ScalePath(channels, norm_groups)
@@ -64,65 +75,73 @@ class FineGrainedNode(nn.Module):
         self.activation = activation
         self.norm_stats: NormStats = norm_stats
         self.impl: Impl = impl
+        self.expected_density = expected_density
         scale_costs = self.down.costs(published=cost_table == "published")
         self.router_macs = {path: gate.macs for path, gate in gates.items()}
         self.costs = {"down": scale_costs, "up": scale_costs, "depth": self.depth.costs()}
 
     def forward(
-        self, name: str, features: Sequence[Tensor], valid: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[PathGate]]:
-        """L x (B, C, H, W) -> outputs of the same shapes, and the node's gates under the node's `name`."""
-        decisions: list[PathGate] = []
-        down, up, depth_gates = [], [], []
-        for level, (x, area) in enumerate(zip(features, valid, strict=True)):
-            # Competing gates (softmax over paths) must all be decided on x; otherwise the depth gate waits for s.
-            gates = self._decide(("down", "up", "depth") if self.activation.joint else ("down", "up"), x, area)
-            depth_gates.append(gates.pop("depth", None))
-            for path, gate in gates.items():
-                decisions.append(self._record(name, path, level, gate, area))
-            down.append(self._scale(self.down, x, gates["down"]))
-            up.append(self._scale(self.up, x, gates["up"]))
-        outputs = []
-        for level, (x, neighbours) in enumerate(zip(features, exchange(down, up), strict=True)):
-            area = valid[level]
-            s = self.output_weight * x
-            if neighbours is not None:
-                s = s + self.scale_weight * neighbours
-            gate = depth_gates[level]
-            if gate is None:
-                gate = self._decide(("depth",), s, area)["depth"]
-            decision = self._record(name, "depth", level, gate, area)
-            decisions.append(decision)
-            outputs.append(F.relu(s + self._deepen(s, decision)))
-        return outputs, decisions
+        self, name: str, rows: Tensor, layout: RowLayout, valid: Tensor | None
+    ) -> tuple[Tensor, list[PathGate], list[Work]]:
+        """(P + 1, C) -> outputs of the same shape, the node's gates under the node's `name`, and the work done."""
+        # Competing gates (softmax over paths) must all be decided on x; otherwise the depth gate waits for s.
+        gates = self._decide(("down", "up", "depth") if self.activation.joint else ("down", "up"), rows, layout, valid)
+        sparse_scale = self.norm_stats in ("active", "position")
+        down, work_down = self._send(self.down, rows, gates["down"], layout, sparse_scale)
+        up, work_up = self._send(self.up, rows, gates["up"], layout, sparse_scale)
+        s = exchange_rows(rows, down, up, self.output_weight, self.scale_weight, layout)
+        if "depth" not in gates:
+            gates |= self._decide(("depth",), s, layout, valid)
+        sparse_depth = sparse_scale or (self.norm_stats == "published" and not self.training)
+        inner, outer = self._plans(gates["depth"], layout, valid, (1, 0), sparse_depth)
+        outputs, work_depth = self.depth.gated(s, gates["depth"], inner, outer, stats=self._stats, impl=self.impl)
+        work = [replace(item, node=name) for item in (*work_down, *work_up, *work_depth)]
+        return outputs, self._record(name, gates, layout, valid), work
 
-    def _decide(self, paths: Sequence[str], x: Tensor, area: Tensor | None) -> dict[str, Tensor]:
-        """Gates (B, 1, H, W) of the paths; an ungated path is fully open. Padding is closed."""
+    def _decide(self, paths: Sequence[str], rows: Tensor, layout: RowLayout, valid: Tensor | None) -> dict[str, Tensor]:
+        """Gates (P,) of the paths; an ungated path is fully open. Padding is closed."""
         decided = [path for path in paths if path in self.gates]
-        logits = [self.gates[path](x, area) for path in decided]
-        if area is not None:  # a softmax over positions must not spend on padding
-            logits = [logit.masked_fill(~area, _CLOSED) for logit in logits]
-        gates = dict(zip(decided, self.activation(torch.cat(logits, 1)).split(1, 1), strict=True)) if decided else {}
+        gates: dict[str, Tensor] = {}
+        if decided:
+            convs = [cast(GateConv, self.gates[path]) for path in decided]
+            logits = gate_logits(convs, rows, layout, valid)
+            if valid is not None:  # a softmax over positions must not spend on padding
+                logits = logits.masked_fill(~valid, _CLOSED)
+            gates = dict(zip(decided, self.activation(logits, layout), strict=True))
         for path in paths:
-            gate = gates[path] if path in gates else x.new_ones(x.shape[0], 1, *x.shape[2:], dtype=torch.float32)
-            gates[path] = gate if area is None else gate * area
+            gate = gates[path] if path in gates else rows.new_ones(layout.positions, dtype=torch.float32)
+            gates[path] = gate if valid is None else gate * valid
         return gates
 
-    def _record(self, name: str, path: str, level: int, gate: Tensor, area: Tensor | None) -> PathGate:
-        return PathGate(
-            name, path, level, gate, self.costs[path], self.router_macs.get(path, 0.0), area, self.norm_stats != "dense"
+    def _plans(
+        self, gate: Tensor, layout: RowLayout, valid: Tensor | None, reaches: Sequence[int], sparse: bool
+    ) -> list[Plan]:
+        if not sparse:
+            return [whole_plan(layout) for _ in reaches]
+        return make_plans(
+            gate.detach(), layout, valid=valid, reaches=reaches, expected=self.expected_density, impl=self.impl
         )
 
-    def _scale(self, path: ScalePath, x: Tensor, gate: Tensor) -> Tensor:
-        mask = gate > 0 if self.norm_stats == "active" else None
-        return path(x, mask) * gate.to(x.dtype)
+    def _send(
+        self, path: ScalePath, rows: Tensor, gate: Tensor, layout: RowLayout, sparse: bool
+    ) -> tuple[Tensor, list[Work]]:
+        (plan,) = self._plans(gate, layout, None, (0,), sparse)
+        return path.gated(rows, gate, plan, stats=self._stats, impl=self.impl)
 
-    def _deepen(self, s: Tensor, decision: PathGate) -> Tensor:
-        """The gated residual branch; sparse wherever the statistics allow it."""
-        gate = decision.gate.to(s.dtype)
-        if self.norm_stats == "dense" or (self.norm_stats == "published" and self.training):
-            return self.depth(s) * gate
-        return self.depth.masked(s, decision.mask(1), decision.mask(0), self.impl) * gate
+    @property
+    def _stats(self) -> Stats:
+        return "position" if self.norm_stats == "position" else "active"
+
+    def _record(self, name: str, gates: dict[str, Tensor], layout: RowLayout, valid: Tensor | None) -> list[PathGate]:
+        areas = [None] * len(layout.shapes) if valid is None else layout.unflat(valid)
+        return [
+            PathGate(
+                name, path, level, gate, self.costs[path], self.router_macs.get(path, 0.0), area,
+                self.norm_stats != "dense",
+            )
+            for path, flat in gates.items()
+            for level, (gate, area) in enumerate(zip(layout.unflat(flat), areas, strict=True))
+        ]  # fmt: skip
 
 
 class FineGrainedHead(nn.Module):
@@ -134,8 +153,9 @@ class FineGrainedHead(nn.Module):
         activation: gate activation; None is the generalised restricted tanh with tau = 1.5.
         norm_groups: groups of every GroupNorm.
         norm_stats: positions that GroupNorm sees. "active": those executed, in training and inference alike;
-            "dense": all, which rules sparse execution out; "published": all in training, and at inference the active
-            ones in the depth path (what the released weights expect; training and inference differ).
+            "position": each position alone, over the channels of a group, so that none depends on another; "dense":
+            all, which rules sparse execution out; "published": all in training, and at inference the active ones in
+            the depth path (what the released weights expect; training and inference differ).
         gating: paths that have gates; the others are always on ("both", "depth", "scale", "none").
         gate_kernel: kernel of the gate convolutions.
         openness: value of every gate at the start (0.99 published; short schedules need less).
@@ -143,7 +163,9 @@ class FineGrainedHead(nn.Module):
             static twin starts, and what short schedules need).
         coarse: one decision per image, level and path instead of one per position (the paper's baseline).
         cost_table: "published" counts scale convolutions twice as the released code does, "corrected" once.
-        impl: execution of the masked convolutions.
+        impl: execution of the sparse operations, see `dyndet.ops.sparse.Impl`.
+        expected_density: share of open gates to prepare for, where they are counted on the device and nothing waits
+            for the count; it chooses between dense and sparse execution and the size of tiles. None expects few.
     """
 
     def __init__(
@@ -161,18 +183,19 @@ class FineGrainedHead(nn.Module):
         coarse: bool = False,
         cost_table: Literal["published", "corrected"] = "corrected",
         impl: Impl = "auto",
+        expected_density: float | None = None,
     ) -> None:
         super().__init__()
         for key, value, allowed in (
-            ("norm_stats", norm_stats, ("active", "dense", "published")),
+            ("norm_stats", norm_stats, ("active", "position", "dense", "published")),
             ("gating", gating, ("both", "depth", "scale", "none")),
             ("cost_table", cost_table, ("published", "corrected")),
-            ("impl", impl, ("auto", "dense", "gather")),
         ):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
-        if depth < 1 or gate_kernel % 2 == 0:
-            raise ValueError(f"depth must be at least 1 and gate_kernel odd, got {depth} and {gate_kernel}")
+        check_impl(impl)
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
         if not 0 < openness < 1:
             raise ValueError(f"openness must lie between 0 and 1, got {openness}")
 
@@ -190,6 +213,7 @@ class FineGrainedHead(nn.Module):
                     coarse=coarse,
                     cost_table=cost_table,
                     impl=impl,
+                    expected_density=expected_density,
                 )
                 for _ in range(depth)
             )
@@ -209,13 +233,17 @@ class FineGrainedHead(nn.Module):
         Returns:
             Features of both branches, in the shapes of the input, and the `Routing` of all nodes.
         """
-        areas: Sequence[Tensor | None] = valid if valid and self.norm_stats != "published" else [None] * len(features)
+        layout = RowLayout.of(features)
+        area = layout.flat(valid) if valid and self.norm_stats != "published" else None
+        start = layout.rows(features)
+        start = start.to(autocast_dtype(start))  # the residual stream too: half of the head's time is moving it
         routing = Routing()
         branches = []
         for label, nodes in (("cls", self.cls), ("reg", self.reg)):
-            outputs = list(features)
+            rows = start
             for index, node in enumerate(nodes):
-                outputs, decisions = node(f"{label}.{index}", outputs, areas)
-                routing.gates.extend(decisions)
-            branches.append(outputs)
+                rows, gates, work = node(f"{label}.{index}", rows, layout, area)
+                routing.gates.extend(gates)
+                routing.work.extend(work)
+            branches.append(layout.maps(rows))
         return HeadOutput(branches[0], branches[1], routing)

@@ -29,10 +29,11 @@ class FixedNode(nn.Module):
         pairs = list(zip(features, valid, strict=True))
         received = exchange([self.down(x, area) for x, area in pairs], [self.up(x, area) for x, area in pairs])
         outputs = []
-        for (x, area), neighbours in zip(pairs, received, strict=True):
-            summed = self.output_weight * x if neighbours is None else self.output_weight * x + neighbours
-            deeper = self.depth(summed) if area is None else self.depth.masked(summed, area, area, "dense")
-            outputs.append(F.relu(summed + deeper))
+        for level, (x, area) in enumerate(pairs):
+            s = self.output_weight * x
+            if received is not None:
+                s = s + received[level]
+            outputs.append(F.relu(s + self.depth(s, area)))
         return outputs
 
 

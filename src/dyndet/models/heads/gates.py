@@ -1,18 +1,21 @@
 """Gates: a small convolution and an activation that decide, per position, how far a path is open.
 
 Source: Song et al., Fine-Grained Dynamic Head for Object Detection, NeurIPS 2020, Eq. 1-3 and the ablation of
-activations. `v` is a logit, `g` a gate.
+activations. `v` is a logit, `g` a gate; the P positions of all levels and images are decided at once (`RowLayout`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndet.models.heads.init import fill_bias
+from dyndet.ops.sparse import RowLayout
 
 
 def restricted_tanh(logits: Tensor, tau: float = 1.5) -> Tensor:
@@ -26,14 +29,14 @@ def restricted_tanh(logits: Tensor, tau: float = 1.5) -> Tensor:
 
 
 class GateActivation(Protocol):
-    """Maps the logits of a node's paths, stacked as (B, paths, H, W), to gates of the same shape.
+    """Maps the logits of a node's paths, stacked as (paths, P), to gates of the same shape.
 
     `joint` says that the paths compete, so that all logits must be known before any gate is.
     """
 
     joint: bool
 
-    def __call__(self, logits: Tensor) -> Tensor: ...
+    def __call__(self, logits: Tensor, layout: RowLayout) -> Tensor: ...
 
     def logit(self, openness: float) -> float:
         """The logit at which a gate has the value `openness`: where gate biases start."""
@@ -51,7 +54,7 @@ class RestrictedTanh(nn.Module):
             raise ValueError(f"tau must be >= 0, got {tau}")
         self.tau = tau
 
-    def forward(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, layout: RowLayout) -> Tensor:
         return restricted_tanh(logits, self.tau)
 
     def logit(self, openness: float) -> float:
@@ -66,7 +69,7 @@ class Sigmoid(nn.Module):
 
     joint = False
 
-    def forward(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, layout: RowLayout) -> Tensor:
         return logits.sigmoid()
 
     def logit(self, openness: float) -> float:
@@ -87,10 +90,14 @@ class Softmax(nn.Module):
         self.axis = axis
         self.joint = axis == "paths"
 
-    def forward(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, layout: RowLayout) -> Tensor:
         if self.axis == "paths":
-            return logits.softmax(1)
-        return logits.flatten(2).softmax(2).view_as(logits)
+            return logits.softmax(0)
+        levels = [
+            logits[:, start:stop].view(len(logits), layout.batch, -1).softmax(2).flatten(1)
+            for start, stop in layout.levels
+        ]
+        return torch.cat(levels, 1)
 
     def logit(self, openness: float) -> float:
         return 0.0  # a common shift of all logits changes nothing
@@ -107,10 +114,15 @@ class GateConv(nn.Module):
         kernel: 3 in the published code, perhaps 1 in the paper.
         bias: initial logit, see `GateActivation.logit`.
         coarse: average the logits over the valid positions, so that a level opens or closes as a whole.
+
+    Raises:
+        ValueError: on another kernel.
     """
 
     def __init__(self, channels: int, *, kernel: int = 3, bias: float = 0.0, coarse: bool = False) -> None:
         super().__init__()
+        if kernel not in (1, 3):
+            raise ValueError(f"gate_kernel must be 1 or 3, got {kernel}")
         self.conv = nn.Conv2d(channels, 1, kernel, padding=kernel // 2)
         nn.init.normal_(self.conv.weight, std=0.01)
         fill_bias(self.conv, bias)
@@ -121,13 +133,42 @@ class GateConv(nn.Module):
         """Multiply-adds per position."""
         return float(self.conv.weight.numel())
 
-    def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> float32 logits (B, 1, H, W)."""
-        logits = self.conv(features).float()
-        if not self.coarse:
-            return logits
+    def forward(self, rows: Tensor, layout: RowLayout, valid: Tensor | None = None) -> Tensor:
+        """(P + 1, C) rows of features -> float32 logits (P,)."""
+        return gate_logits([self], rows, layout, valid)[0]
+
+
+def gate_logits(gates: Sequence[GateConv], rows: Tensor, layout: RowLayout, valid: Tensor | None = None) -> Tensor:
+    """The logits of gates that read the same features: (P + 1, C) -> float32 (gates, P).
+
+    A convolution to so few channels starves on small vectors. Here one matrix product takes all taps of all gates at
+    every position, and each position then adds up what its neighbours hold for it.
+    """
+    weights = torch.cat([gate.conv.weight for gate in gates])
+    taps = weights.shape[2] * weights.shape[3]
+    products = F.linear(rows[:-1], weights.permute(0, 2, 3, 1).reshape(len(gates) * taps, -1))
+    products = products.to(torch.promote_types(products.dtype, torch.float32))
+    if taps == 1:
+        logits = products.t()
+    else:
+        own = torch.arange(len(gates) * taps, dtype=torch.int32, device=rows.device).view(len(gates), 1, taps)
+        index = (layout.neighbours * (len(gates) * taps) + own).view(-1)
+        products = F.pad(products, (0, 0, 0, 1))  # what lies outside adds nothing
+        logits = products.view(-1).index_select(0, index).view(len(gates), -1, taps).sum(2)
+    biases = torch.stack([gate.conv.bias for gate in gates if gate.conv.bias is not None])
+    logits = logits + biases
+    return _level_means(logits, layout, valid) if gates[0].coarse else logits
+
+
+def _level_means(logits: Tensor, layout: RowLayout, valid: Tensor | None) -> Tensor:
+    """Every logit replaced by the mean over the valid positions of its image and level."""
+    levels = []
+    for start, stop in layout.levels:
+        maps = logits[:, start:stop].view(len(logits), layout.batch, -1)
         if valid is None:
-            mean = logits.mean((2, 3), keepdim=True)
+            mean = maps.mean(2, keepdim=True)
         else:
-            mean = (logits * valid).sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True).clamp(min=1)
-        return mean.expand_as(logits)
+            area = valid[start:stop].view(layout.batch, -1)
+            mean = (maps * area).sum(2, keepdim=True) / area.sum(1, keepdim=True).clamp(min=1)
+        levels.append(mean.expand_as(maps).flatten(1))
+    return torch.cat(levels, 1)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndet.models.heads.init import init_normal
-from dyndet.ops.conv import Impl, masked_conv
 from dyndet.ops.masked_norm import masked_group_norm
-from dyndet.structures import ConvCost
+from dyndet.ops.sparse import Impl, Plan, Stats, conv_rows, conv_work, norm_rows, place_rows, whole_plan
+from dyndet.structures import ConvCost, Work
 
 
 class ScalePath(nn.Module):
@@ -27,8 +27,29 @@ class ScalePath(nn.Module):
         init_normal(self)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); `mask` limits the norm's statistics to active positions."""
+        """One level, dense: (B, C, H, W) -> (B, C, H, W); `mask` limits the norm's statistics."""
         return _norm(self.norm, self.conv(features), mask)
+
+    def gated(self, rows: Tensor, gate: Tensor, plan: Plan, *, stats: Stats, impl: Impl) -> tuple[Tensor, list[Work]]:
+        """All levels, at the positions of a plan.
+
+        Args:
+            rows: (P + 1, C) rows of the pyramid.
+            gate: (P,) what the result is multiplied by.
+            plan: positions to compute.
+            stats: see `norm_rows`.
+            impl: execution.
+
+        Returns:
+            (P + 1, C), zero outside the plan, and the work done.
+        """
+        conv, norm = self.conv, self.norm
+        whole = whole_plan(plan.layout)
+        x = conv_rows(rows, conv.weight, conv.bias, source=whole, target=plan, impl=impl)
+        sent = place_rows(
+            x, norm.num_groups, norm.weight, norm.bias, gate, plan=plan, stats=stats, eps=norm.eps, impl=impl
+        )
+        return sent, [conv_work(rows, conv.weight, target=plan, impl=impl)]
 
     def costs(self, *, published: bool) -> tuple[ConvCost, ...]:
         """Multiply-adds per position; the published table counts the convolution twice (spec: 4 864 for C = 256)."""
@@ -47,26 +68,42 @@ class DepthPath(nn.Module):
         self.norm2 = nn.GroupNorm(norm_groups, channels)
         init_normal(self)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Dense: (B, C, H, W) -> (B, C, H, W)."""
-        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(features)))))
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One level, dense: (B, C, H, W) -> (B, C, H, W); with a mask, zero and unseen by the norms outside it."""
+        hidden = F.relu(_norm(self.norm1, self.conv1(features), mask))
+        return _norm(self.norm2, self.conv2(hidden), mask)
 
-    def masked(self, features: Tensor, inner: Tensor, outer: Tensor, impl: Impl) -> Tensor:
-        """On active positions: `outer` is where the output is wanted, `inner` its 3x3 neighbourhood (conv 1).
+    def gated(
+        self, rows: Tensor, gate: Tensor, inner: Plan, outer: Plan, *, stats: Stats, impl: Impl
+    ) -> tuple[Tensor, list[Work]]:
+        """All levels, at the positions of two plans: ReLU(rows + gate * path(rows)).
 
         Args:
-            features: (B, C, H, W).
-            inner: (B, 1, H, W) bool.
-            outer: (B, 1, H, W) bool.
-            impl: execution of `masked_conv`.
+            rows: (P + 1, C) rows of the pyramid.
+            gate: (P,) what the path is multiplied by.
+            inner: where convolution 1 runs, the 3x3 neighbourhood of `outer`.
+            outer: where convolution 2 runs.
+            stats: see `norm_rows`.
+            impl: execution.
 
         Returns:
-            (B, C, H, W), zero outside `outer`.
+            (P + 1, C) and the work done.
         """
-        hidden = masked_conv(features, self.conv1.weight, mask=inner, impl=impl)
-        hidden = F.relu(_norm(self.norm1, hidden, inner))
-        outputs = masked_conv(hidden, self.conv2.weight, mask=outer, impl=impl)
-        return _norm(self.norm2, outputs, outer)
+        conv1, norm1, conv2, norm2 = self.conv1, self.norm1, self.conv2, self.norm2
+        whole = whole_plan(inner.layout)
+        hidden = conv_rows(rows, conv1.weight, source=whole, target=inner, impl=impl)
+        work = [conv_work(rows, conv1.weight, target=inner, impl=impl)]
+        hidden = norm_rows(
+            hidden, norm1.num_groups, norm1.weight, norm1.bias, plan=inner, stats=stats, eps=norm1.eps, relu=True,
+            impl=impl,
+        )  # fmt: skip
+        hidden = conv_rows(hidden, conv2.weight, source=inner, target=outer, impl=impl)
+        work.append(conv_work(rows, conv2.weight, target=outer, impl=impl))
+        outputs = place_rows(
+            hidden, norm2.num_groups, norm2.weight, norm2.bias, gate, residual=rows, plan=outer, stats=stats,
+            eps=norm2.eps, relu=True, impl=impl,
+        )  # fmt: skip
+        return outputs, work
 
     def costs(self) -> tuple[ConvCost, ...]:
         """Both convolutions with their norms; conv 1 runs on the 3x3 neighbourhood of what conv 2 computes (Eq. 4)."""
@@ -78,21 +115,23 @@ def _norm(norm: nn.GroupNorm, features: Tensor, mask: Tensor | None) -> Tensor:
     return masked_group_norm(features, norm.num_groups, norm.weight, norm.bias, mask=mask, eps=norm.eps)
 
 
-def exchange(down: Sequence[Tensor], up: Sequence[Tensor]) -> list[Tensor | None]:
+def exchange(down: Sequence[Tensor], up: Sequence[Tensor]) -> list[Tensor] | None:
     """What each level receives from its neighbours.
 
     `down[l]` travels to the coarser level l + 1, `up[l]` to the finer level l - 1, resampled bilinearly to the exact
     target size with aligned corners, as published. The last `down` and the first `up` have no receiver.
 
     Returns:
-        Per level the sum of what arrived, (B, C, H_l, W_l), or None where the pyramid has a single level.
+        Per level the sum of what arrived, (B, C, H_l, W_l); None when the pyramid has a single level.
     """
-    received: list[Tensor | None] = []
+    if len(down) == 1:
+        return None
+    received: list[Tensor] = []
     for level, features in enumerate(down):
         senders = [down[level - 1]] if level > 0 else []
         senders += [up[level + 1]] if level + 1 < len(up) else []
         resampled = [
             F.interpolate(sender, size=features.shape[-2:], mode="bilinear", align_corners=True) for sender in senders
         ]
-        received.append(sum(resampled[1:], resampled[0]) if resampled else None)
+        received.append(sum(resampled[1:], resampled[0]))
     return received

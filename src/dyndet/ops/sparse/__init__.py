@@ -1,0 +1,31 @@
+"""Sparse 3x3 convolution blocks on the rows of a pyramid: plan -> convolve -> normalise -> place."""
+
+from dyndet.ops.sparse.conv import conv_rows, conv_work
+from dyndet.ops.sparse.direct import autocast_dtype
+from dyndet.ops.sparse.exchange import exchange_rows
+from dyndet.ops.sparse.execute.norm import Stats
+from dyndet.ops.sparse.impl import IMPLS, Impl, check_impl, choose
+from dyndet.ops.sparse.layout import RowLayout
+from dyndet.ops.sparse.norm import norm_rows
+from dyndet.ops.sparse.place import place_rows
+from dyndet.ops.sparse.plan import Plan, make_plans, whole_plan
+from dyndet.ops.sparse.scatter import scatter_rows
+
+__all__ = [
+    "IMPLS",
+    "Impl",
+    "Plan",
+    "RowLayout",
+    "Stats",
+    "autocast_dtype",
+    "check_impl",
+    "choose",
+    "conv_rows",
+    "conv_work",
+    "exchange_rows",
+    "make_plans",
+    "norm_rows",
+    "place_rows",
+    "scatter_rows",
+    "whole_plan",
+]

@@ -1,0 +1,1 @@
+"""Executions of the sparse operations, without autograd: the same functions in plain torch and in Triton."""

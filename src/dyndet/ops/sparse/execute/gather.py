@@ -1,0 +1,105 @@
+"""3x3 convolution of rows in plain torch: gather nine neighbours per row, then one matrix product per chunk.
+
+Memory plan: rows are cut into chunks, and the gathered patches of a chunk fit a workspace that stays in cache and is
+used again. With nine rows per output, one workspace for all of them falls off a cliff: fresh pages cost more than the
+products. Products are written where they belong.
+
+Backward: patches are gathered again; one product gives the weight's gradient, one the patches', which are added up
+where they came from. So every pass costs the multiply-adds of the active rows, none more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_WORKSPACE_BYTES = 4 << 20
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, inverse: Tensor, neighbours: Tensor, count: int
+) -> Tensor:
+    """Rows of a 3x3 convolution.
+
+    Args:
+        x: (R + 1, C) source rows, the last one zero.
+        weight: (O, C, 3, 3).
+        bias: (O,) or None.
+        positions: int32 (capacity,), the position of every target row.
+        inverse: int32 (P + 1,), the source row of every position, R where there is none.
+        neighbours: int32 (P, 9), see `RowLayout.neighbours`.
+        count: number of target rows.
+
+    Returns:
+        (capacity + 1, O), the last row zero.
+    """
+    out = x.new_empty(len(positions) + 1, len(weight))
+    out[-1] = 0
+    kernel = _matrix(weight).t()
+    for start, stop, patches, _ in _patches(x, positions, inverse, neighbours, count):
+        if bias is None:
+            torch.mm(patches, kernel, out=out[start:stop])
+        else:
+            torch.addmm(bias, patches, kernel, out=out[start:stop])
+    return out
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, positions: Tensor, inverse: Tensor, neighbours: Tensor, count: int,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of `conv` for its input and its weight, each where `needs` asks for it.
+
+    Args:
+        grad: (capacity + 1, O), of the output; the last row does not count.
+        needs: input, weight.
+
+    Returns:
+        (R + 1, C) and (O, C, 3, 3). Sums are taken in float32 where the features are of half precision.
+    """
+    out_channels, channels = weight.shape[:2]
+    sums = torch.promote_types(x.dtype, torch.float32)
+    grad_x = torch.zeros_like(x, dtype=sums) if needs[0] else None
+    grad_kernel = weight.new_zeros(9 * channels, out_channels, dtype=sums) if needs[1] else None
+    kernel = _matrix(weight)
+    workspace: Tensor | None = None
+    for start, stop, patches, index in _patches(x, positions, inverse, neighbours, count):
+        part = grad[start:stop]
+        if grad_kernel is not None:
+            if sums == x.dtype:
+                grad_kernel.addmm_(patches.t(), part)
+            else:
+                grad_kernel += patches.t() @ part
+        if grad_x is not None:
+            workspace = torch.empty_like(patches) if workspace is None else workspace
+            rows = torch.mm(part, kernel, out=workspace[: stop - start]).view(-1, channels).to(sums)
+            grad_x.scatter_add_(0, index.long()[:, None].expand_as(rows), rows)  # in parallel, unlike index_add_
+    if grad_x is not None:
+        grad_x[-1] = 0  # collected what fell outside
+        grad_x = grad_x.to(x.dtype)
+    if grad_kernel is not None:
+        grad_kernel = grad_kernel.t().reshape(out_channels, 3, 3, channels).permute(0, 3, 1, 2).to(weight.dtype)
+    return grad_x, grad_kernel
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) -> (O, 9 C), taps before channels; a view when the weight is channels-last."""
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+def _patches(
+    x: Tensor, positions: Tensor, inverse: Tensor, neighbours: Tensor, count: int
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Chunk by chunk: first and last + 1 row, patches (n, 9 C), and the source rows they came from (9 n,)."""
+    channels = x.shape[1]
+    most = max(64, _WORKSPACE_BYTES // (9 * channels * x.element_size()))
+    workspace = x.new_empty(9 * min(most, count), channels)
+    for start in range(0, count, most):
+        stop = min(start + most, count)
+        index = neighbours.index_select(0, positions[start:stop]).view(-1)
+        index = inverse.index_select(0, index)
+        patches = workspace[: len(index)]
+        torch.index_select(x, 0, index, out=patches)
+        yield start, stop, patches.view(-1, 9 * channels), index

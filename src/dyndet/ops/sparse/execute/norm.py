@@ -1,0 +1,176 @@
+"""GroupNorm of rows in plain torch, over the active rows of a segment or at each position by itself.
+
+Rows of a segment are consecutive and channels-last, so torch's own GroupNorm serves them as a (1, C, n, 1) map; equal
+neighbours (all of a level, when every position is active) go in one call. The statistics of a position span only
+C / groups values: thin matrix products take and spread them, far faster than reductions over so short rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Stats = Literal["active", "position"]
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, *, groups: int, eps: float, stats: Stats, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises rows.
+
+    Args:
+        x: (capacity + 1, C).
+        weight: (C,) scale.
+        bias: (C,) shift.
+        offsets: int32 (S + 1,), first row of every segment.
+        groups: divides C.
+        eps: added to the variance.
+        stats: "active" takes them over a segment's rows, "position" over each row alone.
+        relu: clips the result at 0.
+
+    Returns:
+        (capacity + 1, C) with a last row of zeros, and mean and 1 / deviation, at least float32: (S, groups), or
+        (rows, groups).
+    """
+    bounds = offsets.tolist()
+    count = bounds[-1]
+    out = torch.empty_like(x)
+    out[-1] = 0
+    if stats == "position":
+        mean, rstd = _position_norm(x[:count], weight, bias, groups, eps, out[:count])
+    else:
+        runs = _runs(bounds)
+        affine = _affine(x, weight, bias)
+        moments = x.new_zeros(2, len(bounds) - 1, groups, dtype=_wide(x))
+        pivots = _pivots(x, bounds, groups)
+        for (first, number, _, _), part, into in zip(runs, _maps(x, runs), _maps(out, runs), strict=True):
+            images, channels, length, _ = part.shape
+            part = part - pivots[first : first + number]
+            y, *of_run = torch.native_group_norm(part, *affine, images, channels, length, groups, eps)
+            into.copy_(y)
+            moments[0, first : first + number] = of_run[0].view(number, groups)
+            moments[1, first : first + number] = of_run[1].view(number, groups)
+        mean, rstd = moments[0], moments[1].clone()  # mean after the pivots are gone
+    if relu:
+        out[:count].relu_()
+    return out, mean, rstd
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, offsets: Tensor, *,
+    groups: int, stats: Stats,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `norm` for x, weight and bias; `y` is its result where it was clipped at 0."""
+    bounds = offsets.tolist()
+    count = bounds[-1]
+    grad = grad[:count] if y is None else torch.ops.aten.threshold_backward(grad[:count], y[:count], 0)
+    grad_x = torch.empty_like(x)
+    grad_x[-1] = 0
+    if stats == "position":
+        grad_weight, grad_bias = _position_backward(grad, x[:count], weight, mean, rstd, grad_x[:count])
+        return grad_x, grad_weight, grad_bias
+    runs = _runs(bounds)
+    scale, _ = _affine(x, weight, weight)
+    pivots = _pivots(x, bounds, groups)
+    sums = torch.zeros(2, len(weight), dtype=mean.dtype, device=x.device)
+    for (first, number, _, _), part, of_part, into in zip(
+        runs, _maps(x, runs), _maps(grad, runs), _maps(grad_x, runs), strict=True
+    ):
+        images, channels, length, _ = part.shape
+        segments = slice(first, first + number)
+        of_x, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
+            of_part, part - pivots[segments], mean[segments].to(scale.dtype), rstd[segments].to(scale.dtype), scale,
+            images, channels, length, groups, [True] * 3,
+        )  # fmt: skip
+        into.copy_(of_x)
+        sums[0] += of_weight
+        sums[1] += of_bias
+    return grad_x, sums[0], sums[1].clone()
+
+
+Run = tuple[int, int, int, int]
+"""First segment, number of segments, first row, rows per segment; never empty."""
+
+
+def _runs(bounds: Sequence[int]) -> list[Run]:
+    """Neighbouring segments of equal length, together."""
+    runs = []
+    segment = 0
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    for length, equal in groupby(lengths):
+        number = len(list(equal))
+        if length:
+            runs.append((segment, number, bounds[segment], length))
+        segment += number
+    return runs
+
+
+def _maps(rows: Tensor, runs: Sequence[Run]) -> list[Tensor]:
+    """Every run as a channels-last (segments, C, n, 1) view."""
+    rows = rows.contiguous()
+    channels = rows.shape[1]
+    return [
+        rows.as_strided((number, channels, length, 1), (length * channels, 1, channels, channels), start * channels)
+        for _, number, start, length in runs
+    ]
+
+
+def _pivots(x: Tensor, bounds: Sequence[int], groups: int) -> Tensor:
+    """(S, C, 1, 1): the mean of each group in the first row of every segment.
+
+    Taken off first: torch's channels-last GroupNorm loses precision where the mean is far larger than the deviation.
+    """
+    first = x[[min(start, len(x) - 1) for start in bounds[:-1]]]
+    means = first.view(len(first), groups, -1).mean(2, keepdim=True)
+    return means.expand(-1, -1, x.shape[1] // groups).reshape(len(first), -1, 1, 1)
+
+
+def _position_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes the normalised (rows, C) to `out`; returns mean and 1 / deviation, (rows, groups)."""
+    xs = x.to(_wide(x))
+    average, spread = _group_matrices(x.shape[1], groups, xs)
+    mean = xs @ average
+    centred = torch.addmm(xs, mean, spread, alpha=-1)
+    rstd = ((centred * centred) @ average + eps).rsqrt()
+    out.copy_(centred.mul_(rstd @ (spread * weight)).add_(bias))
+    return mean, rstd
+
+
+def _position_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes the gradient of x to `out`; returns those of weight and bias."""
+    xs, grads = x.to(mean.dtype), grad.to(mean.dtype)
+    average, spread = _group_matrices(x.shape[1], mean.shape[1], xs)
+    scale = rstd @ spread
+    normal = torch.addmm(xs, mean, spread, alpha=-1).mul_(scale)
+    of_normal = grads * normal
+    grad_weight, grad_bias = of_normal.sum(0), grads.sum(0)
+    scaled = grads * weight
+    inner = torch.addmm(scaled, scaled @ average, spread, alpha=-1)
+    inner.addcmul_(normal, (of_normal.mul_(weight) @ average) @ spread, value=-1)
+    out.copy_(inner.mul_(scale))
+    return grad_weight, grad_bias
+
+
+def _group_matrices(channels: int, groups: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(C, groups) that averages the channels of every group, and (groups, C) that gives each channel its group's."""
+    spread = torch.eye(groups, dtype=like.dtype, device=like.device).repeat_interleave(channels // groups, 1)
+    return spread.t() * (groups / channels), spread
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift in a type that torch's GroupNorm takes beside the features: float32 on the CPU, else theirs."""
+    if x.device.type == "cpu" and weight.dtype == torch.float32:
+        return weight, bias
+    return weight.to(x.dtype), bias.to(x.dtype)

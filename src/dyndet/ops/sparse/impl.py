@@ -1,0 +1,48 @@
+"""How a sparse operation is executed, and where which execution is the faster one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from dyndet.ops.sparse.execute import triton
+
+Impl = Literal["auto", "dense", "gather", "triton"]
+"""dense: everything, then the active part is kept (the reference). gather: rows by index and one matrix product per
+chunk, in plain torch. triton: the kernels of `dyndet.kernels`. auto: the fastest of them on this device."""
+
+IMPLS: tuple[Impl, ...] = ("auto", "dense", "gather", "triton")
+
+# Share of active positions at which a dense 3x3 convolution becomes the faster one (docs/kernels.md, measured by
+# scripts/bench_sparse.py). CUDA: not yet measured; the hint must exceed a cautious bound.
+_CROSSOVER = {
+    ("cpu", torch.float32): 0.65,
+    ("cpu", torch.bfloat16): 0.60,
+    ("cuda", torch.float32): 0.45,
+    ("cuda", torch.bfloat16): 0.45,
+    ("cuda", torch.float16): 0.45,
+}
+_OTHERWISE = 0.5
+
+
+def check_impl(impl: str) -> None:
+    """Raises ValueError on an unknown execution."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be {', '.join(IMPLS[:-1])} or {IMPLS[-1]}, got {impl!r}")
+
+
+def choose(impl: Impl, density: float | None, dtype: torch.dtype, device: torch.device) -> Impl:
+    """The execution of a convolution: "dense", "gather" or "triton".
+
+    Args:
+        impl: what was asked for; anything but "auto" is what it will be.
+        density: share of active positions, measured or expected; None when nobody knows, which is taken as sparse.
+        dtype: of the features.
+        device: of the features.
+    """
+    if impl != "auto":
+        return impl
+    if density is not None and density >= _CROSSOVER.get((device.type, dtype), _OTHERWISE):
+        return "dense"
+    return "triton" if triton.serves(device) else "gather"

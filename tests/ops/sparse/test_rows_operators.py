@@ -1,0 +1,138 @@
+"""The operators as torch.library sees them: schemas, fake tensors, compilation, counting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dyndet.ops.sparse import RowLayout, conv_rows, exchange_rows, make_plans, norm_rows, place_rows, whole_plan
+
+SHAPES = ((5, 4), (3, 2))
+
+
+def setting(density: float = 0.4) -> dict[str, Any]:
+    torch.manual_seed(0)
+    layout = RowLayout(SHAPES, 2, torch.device("cpu"))
+    gate = torch.rand(layout.positions) * (torch.rand(layout.positions) < density)
+    (plan,) = make_plans(gate, layout)
+    rows = layout.rows([torch.randn(2, 4, *shape) for shape in SHAPES]).requires_grad_()
+    active = torch.randn(plan.capacity + 1, 4, requires_grad=True)
+    scale, shift = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    return {
+        "layout": layout, "gate": gate.requires_grad_(), "plan": plan, "rows": rows, "active": active,
+        "scale": scale, "shift": shift, "weight": torch.randn(4, 4, 3, 3, requires_grad=True),
+    }  # fmt: skip
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+
+
+@pytest.mark.parametrize("how", ["gather", "dense"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_conv_rows(how: str, biased: bool) -> None:
+    s = setting()
+    layout, whole, plan = s["layout"], whole_plan(s["layout"]), s["plan"]
+    bias = s["shift"] if biased else None
+    for source, target, x in ((whole, plan, s["rows"]), (plan, plan, s["active"])):
+        arguments = (
+            x, s["weight"], bias, *source.tensors, *target.tensors, layout.neighbours, layout.sizes, layout.batch,
+            source.whole, target.whole, how, -1.0,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.dyndet.conv_rows.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("stats", ["active", "position"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_norm_rows(stats: str, relu: bool) -> None:
+    s = setting()
+    arguments = (
+        s["active"], s["scale"], s["shift"], s["plan"].positions, s["layout"].segment, s["plan"].offsets, 2, 1e-5,
+        stats, relu, False,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.dyndet.norm_rows.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("stats", ["active", "position"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_place_rows(stats: str, residual: bool) -> None:
+    s = setting()
+    arguments = (
+        s["active"], s["scale"], s["shift"], s["gate"], s["rows"] if residual else None, *s["plan"].tensors,
+        s["layout"].segment, 2, 1e-5, stats, residual, False,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.dyndet.place_rows.default, arguments, test_utils=CHECKS)
+
+
+def test_exchange_rows() -> None:
+    s = setting()
+    others = [torch.randn_like(s["rows"], requires_grad=True) for _ in range(2)]
+    weights = [torch.randn(1, requires_grad=True) for _ in range(2)]
+    arguments = (s["rows"], *others, *weights, s["layout"].sizes, 2)
+    torch.library.opcheck(torch.ops.dyndet.exchange_rows.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("shapes", [[(8, 6), (4, 3), (2, 2)], [(5, 5)], [(13, 21), (7, 11)]])
+def test_exchange_against_torch(shapes: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    x, down, up = ([torch.randn(2, 3, *s, dtype=torch.float64) for s in shapes] for _ in range(3))
+    layout = RowLayout.of(x)
+    results = []
+    for by_rows in (True, False):
+        leaves = [layout.rows(value).requires_grad_() for value in (x, down, up)]
+        own, scale = (torch.full((1,), value, dtype=torch.float64, requires_grad=True) for value in (0.7, -0.4))
+        if by_rows:
+            out = layout.maps(exchange_rows(*leaves, own, scale, layout))
+        else:
+            a, b, c = (layout.maps(value) for value in leaves)
+            out = []
+            for level, own_map in enumerate(a):
+                s = own * own_map
+                if level:
+                    s = s + scale * F.interpolate(b[level - 1], s.shape[2:], mode="bilinear", align_corners=True)
+                if level + 1 < len(shapes):
+                    s = s + scale * F.interpolate(c[level + 1], s.shape[2:], mode="bilinear", align_corners=True)
+                out.append(s)
+        sum(value.square().sum() for value in out).backward()  # type: ignore[union-attr]
+        zero = torch.zeros((), dtype=torch.float64)
+        results.append([*out, *[v.grad if v.grad is not None else zero for v in (*leaves, own, scale)]])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b.expand_as(a), atol=1e-12)
+
+
+def block(
+    rows: Tensor, gate: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, layout: RowLayout, impl: str
+) -> Tensor:
+    inner, outer = make_plans(gate.detach(), layout, reaches=(1, 0), impl=impl)  # type: ignore[arg-type]
+    x = conv_rows(rows, weight, source=whole_plan(layout), target=inner, impl=impl)  # type: ignore[arg-type]
+    x = norm_rows(x, 2, scale, shift, plan=inner, relu=True, impl=impl)  # type: ignore[arg-type]
+    x = conv_rows(x, weight, source=inner, target=outer, impl=impl)  # type: ignore[arg-type]
+    return place_rows(x, 2, scale, shift, gate, residual=rows, plan=outer, relu=True, impl=impl)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", ["gather", "dense", "triton"])
+def test_a_block_compiles_into_one_graph(impl: str) -> None:
+    """With the kernels interpreted: to the compiler they are opaque."""
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        s = setting()
+        leaves = [s[name] for name in ("rows", "gate", "weight", "scale", "shift")]
+        out = function(*leaves, s["layout"], impl)
+        out.square().sum().backward()
+        results.append([out, *[leaf.grad for leaf in leaves]])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_multiply_adds_are_counted_without_values() -> None:
+    layout = RowLayout(SHAPES, 1, torch.device("meta"))
+    with FlopCounterMode(display=False) as counter:
+        block(
+            torch.empty(layout.positions + 1, 4, device="meta"), torch.empty(layout.positions, device="meta"),
+            *(torch.empty(*shape, device="meta") for shape in ((4, 4, 3, 3), (4,), (4,))), layout, "auto",
+        )  # fmt: skip
+    assert counter.get_total_flops() == 2 * 2 * layout.positions * 9 * 16

@@ -1,0 +1,70 @@
+"""Plans: which rows are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dyndet.ops.sparse import Plan, RowLayout, make_plans
+from dyndet.ops.sparse.plan import _static_plan
+
+SHAPES = ((6, 5), (3, 3), (1, 2))
+
+
+def masks(density: float, seed: int, batch: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(batch, 1, *shape, generator=generator) < density for shape in SHAPES]
+
+
+def check(plan: Plan, active: Tensor) -> None:
+    """Every field against its definition."""
+    count = int(active.sum())
+    rows = active.nonzero().flatten()
+    assert int(plan.offsets[-1]) == count == int(plan.count)
+    assert plan.positions[:count].tolist() == rows.tolist()
+    inverse = torch.full((len(active) + 1,), plan.capacity)
+    inverse[rows] = torch.arange(count)
+    assert plan.inverse.tolist() == inverse.tolist()
+    per_segment = torch.zeros(plan.layout.segments).index_add(0, plan.layout.segment, active.float())
+    assert plan.offsets.diff().tolist() == per_segment.int().tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 99), st.booleans())
+def test_exact_plans(density: float, seed: int, padded: bool) -> None:
+    gates = masks(density, seed)
+    layout = RowLayout.of(gates)
+    valid = layout.flat(masks(0.7, seed + 1)) if padded else None
+    inner, outer = make_plans(layout.flat(gates), layout, valid=valid, reaches=(1, 0))
+    near = layout.flat([F.max_pool2d(gate.float(), 3, 1, 1) > 0 for gate in gates])
+    own = layout.flat(gates)
+    for plan, active in ((inner, near), (outer, own)):
+        active = active if valid is None else active & valid
+        check(plan, active)
+        assert plan.exact and plan.density == plan.capacity / layout.positions
+        assert plan.whole == bool(active.all())
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_static_plans_have_room_for_everything(density: float) -> None:
+    gates = masks(density, 0)
+    layout = RowLayout.of(gates)
+    active = layout.flat(gates)
+    plan = _static_plan(active, layout, expected=0.25)
+    check(plan, active)
+    assert plan.capacity == layout.positions and not plan.exact and plan.density == 0.25
+    assert (plan.positions[int(active.sum()) :] == layout.positions).all()
+
+
+def test_plans_by_kernels_are_the_same() -> None:
+    gates = masks(0.3, 3)
+    layout = RowLayout.of(gates)
+    near = layout.flat([F.max_pool2d(gate.float(), 3, 1, 1) > 0 for gate in gates])
+    for plan, active in zip(
+        make_plans(layout.flat(gates), layout, reaches=(1, 0), impl="triton"), (near, layout.flat(gates)), strict=True
+    ):
+        check(plan, active)

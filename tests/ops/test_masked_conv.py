@@ -1,0 +1,137 @@
+"""Every execution of the masked convolution against a float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dyndet.ops import conv as module
+from dyndet.ops import masked_conv
+from dyndet.ops.sparse import conv_rows
+
+LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values behind other strides."""
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "sliced":
+        return torch.stack([x, x.neg()], -1)[..., 0]
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    return x
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 65), st.integers(1, 65), st.floats(0, 1), st.booleans(),
+    st.sampled_from(["dense", "gather", "auto"]), st.sampled_from(LAYOUTS), st.integers(0, 999),
+)  # fmt: skip
+def test_against_float64(
+    batch: int, height: int, width: int, density: float, biased: bool, impl: str, layout: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = laid_out(torch.randn(batch, 3, height, width, generator=generator), layout)
+    weight = torch.randn(4, 3, 3, 3, generator=generator)
+    bias = torch.randn(4, generator=generator) if biased else None
+    mask = torch.rand(batch, 1, height, width, generator=generator) < density
+    actual = masked_conv(x, weight, bias, mask=mask, impl=impl)  # type: ignore[arg-type]
+    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1) * mask
+    assert torch.allclose(actual.double(), exact, atol=1e-4)
+    assert not actual[~mask.expand_as(actual)].any()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("impl", ["dense", "gather", "triton"])
+def test_every_execution_and_type(dtype: torch.dtype, error: float, impl: str) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 16, 7, 9).to(dtype), torch.randn(16, 16, 3, 3).to(dtype)
+    mask = torch.rand(2, 1, 7, 9) < 0.4
+    actual = masked_conv(x, weight, mask=mask, impl=impl).double()  # type: ignore[arg-type]
+    exact = F.conv2d(x.double(), weight.double(), padding=1) * mask
+    assert (actual - exact).norm() / exact.norm() < error
+
+
+def test_inactive_inputs_are_read() -> None:
+    """Unlike submanifold convolution."""
+    x = torch.ones(1, 1, 3, 3)
+    mask = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
+    mask[0, 0, 1, 1] = True
+    for impl in ("dense", "gather"):
+        out = masked_conv(x, torch.ones(1, 1, 3, 3), mask=mask, impl=impl)  # type: ignore[arg-type]
+        assert out[0, 0, 1, 1] == 9
+
+
+def test_gradients_of_gather_equal_those_of_dense() -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(2, 1, 6, 5) < 0.4
+    gradients = []
+    for impl in ("dense", "gather"):
+        torch.manual_seed(1)
+        x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+        bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        masked_conv(x, weight, bias, mask=mask, impl=impl).square().sum().backward()  # type: ignore[arg-type]
+        gradients.append((x.grad, weight.grad, bias.grad))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b)
+
+
+def test_gather_follows_autocast() -> None:
+    x, weight, mask = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 3, 3), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert masked_conv(x, weight, mask=mask, impl="gather").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_auto_compiles_into_one_graph(density: float) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(2, 1, 6, 5) < density
+
+    def run(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        return masked_conv(x, weight, mask=mask)
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        x, weight = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+        y = function(x, weight, mask)
+        y.square().sum().backward()
+        results.append((y, x.grad, weight.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_auto_takes_the_dense_way_at_high_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(module, "conv_rows", lambda *args, **kwargs: calls.append(1) or conv_rows(*args, **kwargs))
+    x, weight = torch.randn(1, 4, 10, 10), torch.randn(4, 4, 3, 3)
+    mask = torch.zeros(1, 1, 10, 10, dtype=torch.bool)
+    mask[..., :2, :] = True
+    masked_conv(x, weight, mask=mask)
+    assert len(calls) == 1
+    masked_conv(x, weight, mask=torch.ones_like(mask))
+    masked_conv(x, weight, mask=mask, density=0.9)
+    assert len(calls) == 1
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, mask = torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"weight must be \(O, 3, 3, 3\)"):
+        masked_conv(x, torch.zeros(1, 3, 2, 2), mask=mask)
+    with pytest.raises(ValueError, match="mask"):
+        masked_conv(x, torch.zeros(1, 3, 3, 3), mask=mask[..., :2])
+    with pytest.raises(ValueError, match="impl"):
+        masked_conv(x, torch.zeros(1, 3, 3, 3), mask=mask, impl="cuda")  # type: ignore[arg-type]
+
+
+def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, mask = torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="impl=triton needs a CUDA device"):
+        masked_conv(x, torch.zeros(1, 3, 3, 3), mask=mask, impl="triton")
