@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +36,7 @@ def conv(
         for view, level in zip(layout.maps(out), dense, strict=True):
             view.copy_(level)
         return out
-    return _select(layout.rows(dense), target)
+    return _select(layout.rows(dense), target) if target.is_cuda else _pick(dense, layout, target, out)
 
 
 def conv_backward(
@@ -75,6 +77,17 @@ def _select(rows: Tensor, positions: Tensor) -> Tensor:
     """Map rows at the positions, and the last one."""
     last = positions.new_full((1,), len(rows) - 1)
     return rows.index_select(0, torch.cat([positions, last]))
+
+
+def _pick(maps: Sequence[Tensor], layout: RowLayout, positions: Tensor, out: Tensor) -> Tensor:
+    """Map rows at ascending positions, level by level, so that nothing else is copied; reads values."""
+    bounds = torch.searchsorted(positions, torch.tensor([stop for _, stop in layout.levels], dtype=positions.dtype))
+    first = 0
+    for (start, stop), last, level in zip(layout.levels, bounds.tolist(), maps, strict=True):
+        rows = level.permute(0, 2, 3, 1).reshape(stop - start, -1)
+        torch.index_select(rows, 0, positions[first:last] - start, out=out[first:last])
+        first = last
+    return out
 
 
 def _expand(rows: Tensor, positions: Tensor, layout: RowLayout) -> Tensor:
