@@ -64,7 +64,7 @@ def test_lambda_is_the_published_one() -> None:
         ("fcos_d8_dny", [], ["no experiment 'fcos_d8_dny'", "Did you mean 'fcos_d8_dyn'"]),
         (None, ["head.dpeth=3"], ["no key 'head.dpeth'", "Did you mean 'head.depth'"]),
         (None, ["head=no_head"], ["no head 'no_head'", "fine_grained"]),
-        (None, ["head.norm_stats=foo"], ["norm_stats must be one of active, dense, published"]),
+        (None, ["head.norm_stats=foo"], ["norm_stats must be one of active, position, dense, published"]),
         (None, ["backbone.name=resnet51"], ["timm has no model 'resnet51'", "backbone.name"]),
         (None, ["backbone.weights=/no/such/file.pth"], ["no weight file at /no/such/file.pth", "backbone.weights"]),
         (None, ["backbone.strides=[3]"], ["has strides", "backbone.strides"]),

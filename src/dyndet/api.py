@@ -35,10 +35,10 @@ def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> DenseDe
 
     Args:
         checkpoint: written by `dyndet.train`.
-        impl: execution of the masked convolutions ("auto", "dense", "gather"); None keeps the experiment's.
+        impl: execution of the sparse operations ("auto", "dense", "gather", "triton"); None keeps the experiment's.
 
     Raises:
-        UserError: if the file is not a checkpoint of ours, or has no masked convolutions to run by `impl`.
+        UserError: if the file is not a checkpoint of ours, or has no sparse operations to run by `impl`.
     """
     return detector_from(read_checkpoint(checkpoint), impl=impl)
 
@@ -49,7 +49,7 @@ def detector_from(saved: Checkpoint, *, impl: str | None = None) -> DenseDetecto
     config.backbone.weights = "none"
     if impl is not None:
         if "impl" not in config.head:
-            raise UserError(f"impl={impl}: the head of {config.name} has no masked convolutions")
+            raise UserError(f"impl={impl}: the head of {config.name} has no sparse operations")
         config.head.impl = impl
     detector: DenseDetector = build(config.detector)
     detector.load_state_dict(saved.weights)

@@ -1,9 +1,14 @@
-"""`python -m dyndet.evaluate ckpt=FILE [impl=gather] [data.root=FOLDER ...]`: AP, executed compute and a COCO json."""
+"""`python -m dyndet.evaluate ckpt=FILE [impl=gather] [timing=8] [data.root=FOLDER ...]`: AP, compute, a COCO json.
+
+`timing=8` also times the head on eight batches against its dense execution.
+"""
 
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
+from typing import cast
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
@@ -12,10 +17,14 @@ from dyndet.api import detector_from
 from dyndet.checkpoint import read_checkpoint
 from dyndet.command import run
 from dyndet.config import build, fill
+from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.lightning.callbacks import Collect, Progress
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.export import write_results
+from dyndet.metrics.timing import time_head
+from dyndet.models.detectors.dense import DenseDetector
+from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.report.summary import print_summary
 
 
@@ -37,11 +46,26 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         folder = Path(config.output_dir)
         print_summary(report, metrics)
+        if config.timing:
+            metrics |= _compare(module, data, config, report.ratio)
         print(f"validation steps took {collected.seconds:.2f} s for {len(collected.targets)} images")
         file = write_results(folder / "detections.json", collected.detections, collected.targets, data.categories)
         print(f"detections: {file}")
         (folder / "result.json").write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
+
+
+def _compare(module: DetectionModule, data: DetectionDataModule, config: DictConfig, macs: float) -> dict[str, float]:
+    """Prints the head's time against its dense execution, next to its multiply-adds; returns both as metrics."""
+    detector = cast(DenseDetector, module.detector).eval()
+    head = detector.head
+    if not isinstance(head, FineGrainedHead):
+        raise UserError(f"timing={config.timing}: this head has no sparse execution to compare")
+    impl = config.impl or "auto"
+    timing = time_head(detector, head, islice(data.val_dataloader(), config.timing), impl=impl)
+    print(f"head: {macs:.1%} of its full MACs in {timing.ratio:.1%} of the time of its dense execution "
+          f"(impl={impl}, {timing.batches} batches)")  # fmt: skip
+    return {"time/head_ratio": timing.ratio}
 
 
 if __name__ == "__main__":

@@ -260,8 +260,12 @@ class Work:
     dense: int | None = None
     node: str = ""
 
+    def asked(self) -> Tensor | float:
+        """Multiply-adds of the rows that were asked for."""
+        return self.rows * self.macs
+
     def executed(self) -> Tensor | float:
-        """Multiply-adds, tiles included."""
+        """Multiply-adds that were taken, tiles included."""
         rows = self.rows if self.dense is None else self.dense
         return -(-rows // self.tile) * self.tile * self.macs
 
@@ -297,15 +301,22 @@ class Routing:
     def overhead(self) -> Tensor:
         return torch.stack([_wide(item.positions()) * item.router_macs for item in self.gates]).sum(0)
 
-    def executed(self) -> Tensor:
-        """Multiply-adds that the gated paths took for the whole batch, scalar, on the device.
+    def asked(self) -> Tensor:
+        """Multiply-adds of the gated convolutions for the whole batch, where open gates ask for them; scalar."""
+        return self._total([item.asked() for item in self.work])
 
-        Unlike `used` it knows how the convolutions were run: rows come in tiles, and a dense execution computes every
-        position. Norms are not in it.
+    def executed(self) -> Tensor:
+        """Multiply-adds that these convolutions took, scalar, on the device.
+
+        Unlike `used` it knows how they were run: rows come in tiles, and a dense execution computes every position.
+        Norms are in neither of the two.
         """
+        return self._total([item.executed() for item in self.work])
+
+    def _total(self, costs: Sequence[Tensor | float]) -> Tensor:
         device = self.gates[0].gate.device
-        costs = [torch.as_tensor(item.executed(), device=device).flatten()[:1].double() for item in self.work]
-        return torch.cat(costs).sum()
+        parts = [_wide(torch.as_tensor(cost, device=device).flatten()) for cost in costs]
+        return torch.cat(parts).sum() if parts else torch.zeros((), device=device)
 
     def positions(self) -> Tensor:
         """(B,) positions of the pyramid that were routed."""

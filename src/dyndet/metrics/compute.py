@@ -45,6 +45,8 @@ class ComputeReport:
         total: executed by the whole detector, routers included.
         overhead: mean cost of the routers.
         parts: mean of every static part.
+        executed: multiply-adds that the gated convolutions took per image, tiles and dense runs included.
+        asked: what of it was asked for.
         ratio: mean over images of head / full.
         ratio_of_sums: head / full of all images together.
         soft_ratio: mean over images of the soft cost / full.
@@ -61,6 +63,8 @@ class ComputeReport:
     total: Spread
     overhead: float
     parts: dict[str, float]
+    executed: float
+    asked: float
     ratio: float
     ratio_of_sums: float
     soft_ratio: float
@@ -95,6 +99,7 @@ class ComputeReport:
         scalars |= {f"macs/{part}_mean": value for part, value in self.parts.items() if part != "head"}
         scalars |= {f"gates/{self.gate_name(key)}": share for key, share in self.open.items()}
         if self.open:
+            scalars |= {"macs/head_executed_mean": self.executed, "macs/head_asked_mean": self.asked}
             scalars |= {"gates/dead": float(len(self.dead)), "gates/always_open": float(len(self.always_open))}
         return scalars
 
@@ -146,9 +151,13 @@ class _Tally:
 class _State:
     images: list[_Image] = field(default_factory=list)
     gates: dict[GateKey, _Tally] = field(default_factory=dict)
+    executed: float = 0.0
+    asked: float = 0.0
 
     def add(self, other: _State) -> None:
         self.images += other.images
+        self.executed += other.executed
+        self.asked += other.asked
         for key, tally in other.gates.items():
             self.gates.setdefault(key, _Tally()).add(tally)
 
@@ -188,6 +197,8 @@ class ComputeMeter:
             if costs.shape[1] != len(static):
                 raise ValueError(f"routing has {costs.shape[1]} images, static costs have {len(static)}")
             self._add_gates(routing.gates)
+            self._state.executed += float(routing.executed())
+            self._state.asked += float(routing.asked())
         images = []
         for parts, (used, soft, full, overhead, reference) in zip(static, costs.T.tolist(), strict=True):
             head = float(parts.get("head", 0.0))
@@ -210,6 +221,8 @@ class ComputeMeter:
             total=Spread.of([image.total for image in images]),
             overhead=Spread.of([image.overhead for image in images]).mean,
             parts={name: Spread.of([image.parts.get(name, 0.0) for image in images]).mean for name in names},
+            executed=state.executed / len(images) if images else math.nan,
+            asked=state.asked / len(images) if images else math.nan,
             ratio=Spread.of([image.used / image.full for image in images if image.full]).mean,
             ratio_of_sums=math.fsum(used) / math.fsum(full) if any(full) else math.nan,
             soft_ratio=Spread.of([image.soft / image.full for image in images if image.full]).mean,

@@ -41,6 +41,12 @@ def print_summary(
         f"{report.images} images",
         highlight=False,
     )
+    if report.open:
+        console.print(
+            f"gated convolutions: {report.asked / 1e9:.3f} GMAC asked for, {report.executed / 1e9:.3f} computed, tiles "
+            "and dense runs included",
+            highlight=False,
+        )
     if folder is not None:
         console.print(f"run folder: {folder}", highlight=False)
 

@@ -63,7 +63,7 @@ class DenseDetector(Detector):
     def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
         batch = self._batch(images)
         features, valid = self._features(batch)
-        output = self._head(features, valid)
+        output = self.run_head(features, valid)
         device = batch.pixels.device
         wanted = [Target.of(target).without_crowd().to(device) for target in targets]
         terms = self.predictor.losses(self._predict(output), wanted, valid)
@@ -75,12 +75,20 @@ class DenseDetector(Detector):
     def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
         batch = self._batch(images)
         features, valid = self._features(batch)
-        output = self._head(features, valid)
+        output = self.run_head(features, valid)
         return self.predictor.detections(self._predict(output), batch, valid), output.routing
 
     def raw_outputs(self, images: Images) -> RawMaps:
-        features, valid = self._features(self._batch(images))
-        return self._predict(self._head(features, valid))
+        features, valid = self.pyramid(images)
+        return self._predict(self.run_head(features, valid))
+
+    def pyramid(self, images: Images) -> tuple[list[Tensor], list[Tensor] | None]:
+        """What the head gets: L x (B, C, H_l, W_l), and L x (B, 1, H_l, W_l) bool, False on padding, or None."""
+        return self._features(self._batch(images))
+
+    def run_head(self, features: list[Tensor], valid: list[Tensor] | None) -> HeadOutput:
+        """The head alone, in its own precision."""
+        return self._run("head", self.head, features, valid)
 
     def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
         value: Any = pixels
@@ -111,9 +119,6 @@ class DenseDetector(Detector):
         shapes: list[Size] = [(x.shape[-2], x.shape[-1]) for x in features]
         valid = valid_masks(batch.sizes, shapes, self.strides)
         return features, None if valid is None else [mask.to(pixels.device) for mask in valid]
-
-    def _head(self, features: list[Tensor], valid: list[Tensor] | None) -> HeadOutput:
-        return self._run("head", self.head, features, valid)
 
     def _predict(self, output: HeadOutput) -> RawMaps:
         return self._run("predictor", self.predictor, output)

@@ -222,6 +222,14 @@ class FineGrainedHead(nn.Module):
         self.reg = branch()
         self.norm_stats: NormStats = norm_stats
 
+    def execute(self, impl: Impl) -> Impl:
+        """Sets the execution of all nodes and returns the one before; results stay the same."""
+        check_impl(impl)
+        before = cast(FineGrainedNode, self.cls[0]).impl
+        for node in (*self.cls, *self.reg):
+            cast(FineGrainedNode, node).impl = impl
+        return before
+
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
         """Routes a pyramid.
 

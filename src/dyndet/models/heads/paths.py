@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyndet.models.heads.init import init_normal
 from dyndet.ops.masked_norm import masked_group_norm
-from dyndet.ops.sparse import Impl, Plan, Stats, conv_rows, conv_work, norm_rows, place_rows, whole_plan
+from dyndet.ops.sparse import Impl, Plan, Stats, conv_norm_rows, conv_rows, conv_work, place_rows, whole_plan
 from dyndet.structures import ConvCost, Work
 
 
@@ -91,12 +91,11 @@ class DepthPath(nn.Module):
         """
         conv1, norm1, conv2, norm2 = self.conv1, self.norm1, self.conv2, self.norm2
         whole = whole_plan(inner.layout)
-        hidden = conv_rows(rows, conv1.weight, source=whole, target=inner, impl=impl)
-        work = [conv_work(rows, conv1.weight, target=inner, impl=impl)]
-        hidden = norm_rows(
-            hidden, norm1.num_groups, norm1.weight, norm1.bias, plan=inner, stats=stats, eps=norm1.eps, relu=True,
-            impl=impl,
+        hidden = conv_norm_rows(
+            rows, conv1.weight, norm1.num_groups, norm1.weight, norm1.bias, source=whole, target=inner, stats=stats,
+            eps=norm1.eps, relu=True, impl=impl,
         )  # fmt: skip
+        work = [conv_work(rows, conv1.weight, target=inner, impl=impl)]
         hidden = conv_rows(hidden, conv2.weight, source=inner, target=outer, impl=impl)
         work.append(conv_work(rows, conv2.weight, target=outer, impl=impl))
         outputs = place_rows(

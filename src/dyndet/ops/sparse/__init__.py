@@ -1,6 +1,7 @@
 """Sparse 3x3 convolution blocks on the rows of a pyramid: plan -> convolve -> normalise -> place."""
 
 from dyndet.ops.sparse.conv import conv_rows, conv_work
+from dyndet.ops.sparse.conv_norm import conv_norm_rows
 from dyndet.ops.sparse.direct import autocast_dtype
 from dyndet.ops.sparse.exchange import exchange_rows
 from dyndet.ops.sparse.execute.norm import Stats
@@ -20,6 +21,7 @@ __all__ = [
     "autocast_dtype",
     "check_impl",
     "choose",
+    "conv_norm_rows",
     "conv_rows",
     "conv_work",
     "exchange_rows",

@@ -49,7 +49,7 @@ def conv_rows(
     dtype = autocast_dtype(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     layout = target.layout
-    how = _execution(impl, target, x, depthwise)
+    how = how_to_convolve(impl, target, x, weight)
     for plan in (source, target):
         plan.check(how == "triton")
     return _conv_rows(
@@ -60,18 +60,18 @@ def conv_rows(
 
 def conv_work(x: Tensor, weight: Tensor, *, target: Plan, impl: Impl = "auto") -> Work:
     """What `conv_rows` with these arguments computes."""
-    depthwise = weight.shape[1] < x.shape[1]
-    how = _execution(impl, target, x, depthwise)
+    how = how_to_convolve(impl, target, x, weight)
     positions = target.layout.positions
     rows = target.capacity if target.exact else target.count
     tile = triton.kernels().tile_rows(x, weight, positions, target.density) if how == "triton" else 1
     return Work(float(weight.numel()), rows, tile, positions if how == "dense" else None)
 
 
-def _execution(impl: Impl, target: Plan, x: Tensor, depthwise: bool) -> Impl:
+def how_to_convolve(impl: Impl, target: Plan, x: Tensor, weight: Tensor) -> Impl:
+    """The execution that `conv_rows` takes: "dense", "gather" or "triton"."""
     how = choose(impl, target.density, x.dtype, x.device)
-    # Nine multiply-adds per value do not pay for gathering nine values.
-    return "dense" if depthwise and how == "gather" else how
+    # Nine multiply-adds per value of a depthwise convolution do not pay for gathering nine values.
+    return "dense" if how == "gather" and weight.shape[1] < x.shape[1] else how
 
 
 def _defined(positions: Tensor, offsets: Tensor, nowhere: int) -> Tensor:

@@ -1,0 +1,80 @@
+"""What sparse execution buys on real images: the head's time against its dense execution, measured in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dyndet.models.detectors.dense import DenseDetector
+from dyndet.ops.sparse import Impl
+from dyndet.structures import Batch
+
+
+class SwitchableHead(Protocol):
+    """A head that can be told how to execute."""
+
+    def execute(self, impl: Impl) -> Impl:
+        """Sets the execution and returns the one before."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeadTiming:
+    """The head's time by its own execution divided by that of the dense one.
+
+    Attributes:
+        ratio: median over batches.
+        batches: number of batches, each timed `rounds` times in turn.
+        impl: the execution that was compared.
+    """
+
+    ratio: float
+    batches: int
+    impl: Impl
+
+
+@torch.no_grad()
+def time_head(
+    detector: DenseDetector, head: SwitchableHead, batches: Iterable[Batch], *, impl: Impl, rounds: int = 3
+) -> HeadTiming:
+    """Times the head of a detector on batches, by `impl` and densely in turn.
+
+    Args:
+        detector: in eval mode.
+        head: its head.
+        batches: real data, since the masks decide.
+        impl: the execution to compare with "dense".
+        rounds: pairs per batch; the first pair of all warms up and is dropped.
+    """
+    before = head.execute(impl)
+    ratios = []
+    try:
+        warm = False
+        for batch in batches:
+            features, valid = detector.pyramid(batch.images)
+            pairs = []
+            for _ in range(rounds + (not warm)):
+                seconds = {}
+                for how in (impl, "dense"):
+                    head.execute(how)
+                    _wait(features[0].device)
+                    start = time.perf_counter()
+                    detector.run_head(features, valid)
+                    _wait(features[0].device)
+                    seconds[how] = time.perf_counter() - start
+                pairs.append(seconds[impl] / seconds["dense"])
+            ratios.append(statistics.median(pairs[not warm :]))
+            warm = True
+    finally:
+        head.execute(before)
+    return HeadTiming(statistics.median(ratios), len(ratios), impl)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
