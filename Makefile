@@ -5,10 +5,10 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types bench wheel clean
+.PHONY: help setup train test lint types bench bench-gpu kernels wheel clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  \1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 12
 
 setup: $(READY)  ## create .venv with dyndet and its development tools
 
@@ -32,8 +32,18 @@ lint: $(READY)  ## ruff: style and formatting
 types: $(READY)  ## pyright
 	$(BIN)/pyright
 
-bench: $(READY)  ## dense against sparse execution on this machine
-	$(BIN)/python scripts/bench_sparse.py $(ARGS)
+bench: $(READY)  ## dense against sparse execution on this CPU, checked against the goals
+	rm -f outputs/bench_cpu.jsonl
+	$(BIN)/python scripts/bench_sparse.py --suite cpu --json outputs/bench_cpu.jsonl $(ARGS)
+	$(BIN)/python scripts/check_goals.py outputs/bench_cpu.jsonl
+
+bench-gpu: $(READY)  ## the same on a GPU
+	rm -f outputs/bench_gpu.jsonl
+	$(BIN)/python scripts/bench_sparse.py --suite gpu --json outputs/bench_gpu.jsonl $(ARGS)
+	$(BIN)/python scripts/check_goals.py outputs/bench_gpu.jsonl
+
+kernels: $(READY)  ## compile the Triton kernels for sm_80 and sm_90 (no GPU needed) and print their resources
+	$(BIN)/python scripts/compile_kernels.py --sm 80 90
 
 wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --installer uv

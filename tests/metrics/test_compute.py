@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dyndet.metrics.compute import ComputeMeter, ComputeReport
-from dyndet.structures import ConvCost, PathGate, Routing
+from dyndet.structures import ConvCost, PathGate, Routing, Work
 
 
 def gate(open_counts: list[int], positions: int = 4, value: float = 0.5) -> Tensor:
@@ -30,6 +30,18 @@ def routing(depth: list[int], up: list[int]) -> Routing:
             PathGate("cls.0", "up", 1, gate(up, 2), (ConvCost(50.0),), router_macs=1.0),
         ]
     )
+
+
+def test_work_is_summed_over_batches() -> None:
+    meter = ComputeMeter()
+    for rows in (3, 5):
+        batch = routing([4, 1], [0, 0])
+        batch.work = [Work(10.0, rows, tile=4), Work(2.0, torch.tensor([rows], dtype=torch.int32), dense=8)]
+        meter.update(batch, [STATIC, STATIC])
+    report = meter.compute()
+    assert report.asked == (3 + 5) * (10 + 2) / 4
+    assert report.executed == (4 * 10 + 8 * 2 + 8 * 10 + 8 * 2) / 4
+    assert report.as_scalars()["macs/head_executed_mean"] == report.executed
 
 
 STATIC = {"backbone": 1000.0, "neck": 200.0}

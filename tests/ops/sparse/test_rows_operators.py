@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndet.ops.sparse import RowLayout, conv_rows, exchange_rows, make_plans, norm_rows, place_rows, whole_plan
+from dyndet.ops.sparse import (
+    RowLayout,
+    conv_rows,
+    exchange_rows,
+    logit_rows,
+    make_plans,
+    norm_rows,
+    place_rows,
+    whole_plan,
+)
 
 SHAPES = ((5, 4), (3, 2))
 
@@ -74,6 +83,35 @@ def test_exchange_rows() -> None:
     weights = [torch.randn(1, requires_grad=True) for _ in range(2)]
     arguments = (s["rows"], *others, *weights, s["layout"].sizes, 2)
     torch.library.opcheck(torch.ops.dyndet.exchange_rows.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_logit_rows(kernel: int) -> None:
+    s = setting()
+    weight = torch.randn(2, 4, kernel, kernel, requires_grad=True)
+    arguments = (s["rows"], weight, s["layout"].neighbours)
+    torch.library.opcheck(torch.ops.dyndet.logit_rows.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_logits_against_torch(kernel: int) -> None:
+    torch.manual_seed(0)
+    maps = [torch.randn(2, 3, *shape, dtype=torch.float64) for shape in SHAPES]
+    layout = RowLayout.of(maps)
+    results = []
+    for by_rows in (True, False):
+        rows = layout.rows(maps).requires_grad_()
+        weight = torch.linspace(-1, 1, 2 * 3 * kernel**2, dtype=torch.float64).view(2, 3, kernel, kernel)
+        weight.requires_grad_()
+        if by_rows:
+            out = logit_rows(rows, weight, layout)
+        else:
+            levels = [F.conv2d(level, weight, padding=kernel // 2) for level in layout.maps(rows)]
+            out = torch.stack([layout.flat([level[:, o] for level in levels]) for o in range(2)])
+        (out.square() * torch.arange(out.shape[1])).sum().backward()
+        results.append((out, rows.grad, weight.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
 
 
 @pytest.mark.parametrize("shapes", [[(8, 6), (4, 3), (2, 2)], [(5, 5)], [(13, 21), (7, 11)]])

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndet.models.heads.init import fill_bias
-from dyndet.ops.sparse import RowLayout
+from dyndet.ops.sparse import RowLayout, logit_rows
 
 
 def restricted_tanh(logits: Tensor, tau: float = 1.5) -> Tensor:
@@ -139,24 +138,9 @@ class GateConv(nn.Module):
 
 
 def gate_logits(gates: Sequence[GateConv], rows: Tensor, layout: RowLayout, valid: Tensor | None = None) -> Tensor:
-    """The logits of gates that read the same features: (P + 1, C) -> float32 (gates, P).
-
-    A convolution to so few channels starves on small vectors. Here one matrix product takes all taps of all gates at
-    every position, and each position then adds up what its neighbours hold for it.
-    """
-    weights = torch.cat([gate.conv.weight for gate in gates])
-    taps = weights.shape[2] * weights.shape[3]
-    products = F.linear(rows[:-1], weights.permute(0, 2, 3, 1).reshape(len(gates) * taps, -1))
-    products = products.to(torch.promote_types(products.dtype, torch.float32))
-    if taps == 1:
-        logits = products.t()
-    else:
-        own = torch.arange(len(gates) * taps, dtype=torch.int32, device=rows.device).view(len(gates), 1, taps)
-        index = (layout.neighbours * (len(gates) * taps) + own).view(-1)
-        products = F.pad(products, (0, 0, 0, 1))  # what lies outside adds nothing
-        logits = products.view(-1).index_select(0, index).view(len(gates), -1, taps).sum(2)
-    biases = torch.stack([gate.conv.bias for gate in gates if gate.conv.bias is not None])
-    logits = logits + biases
+    """The logits of gates that read the same features: (P + 1, C) -> float32 (gates, P)."""
+    logits = logit_rows(rows, torch.cat([gate.conv.weight for gate in gates]), layout)
+    logits = logits + torch.stack([gate.conv.bias for gate in gates if gate.conv.bias is not None])
     return _level_means(logits, layout, valid) if gates[0].coarse else logits
 
 

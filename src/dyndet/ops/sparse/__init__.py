@@ -7,6 +7,7 @@ from dyndet.ops.sparse.exchange import exchange_rows
 from dyndet.ops.sparse.execute.norm import Stats
 from dyndet.ops.sparse.impl import IMPLS, Impl, check_impl, choose
 from dyndet.ops.sparse.layout import RowLayout
+from dyndet.ops.sparse.logits import logit_rows
 from dyndet.ops.sparse.norm import norm_rows
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, make_plans, whole_plan
@@ -25,6 +26,7 @@ __all__ = [
     "conv_rows",
     "conv_work",
     "exchange_rows",
+    "logit_rows",
     "make_plans",
     "norm_rows",
     "place_rows",

@@ -38,7 +38,10 @@ def place_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `place` for the residual, x, weight, bias and gate; `y` is its result where it was clipped at 0."""
     count = int(offsets[-1])
-    grad = grad.clone() if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
+    if y is not None:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    elif residual:
+        grad = grad.clone()  # an operator must not return what it was given
     whole = count == len(gate)
     active = positions[:count]
     part = (grad[:count] if whole else grad.index_select(0, active)).to(x.dtype)
