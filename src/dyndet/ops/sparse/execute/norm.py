@@ -43,18 +43,11 @@ def norm(
     if stats == "position":
         mean, rstd = _position_norm(x[:count], weight, bias, groups, eps, out[:count])
     else:
-        runs = _runs(bounds)
-        affine = _affine(x, weight, bias)
-        moments = x.new_zeros(2, len(bounds) - 1, groups, dtype=_wide(x))
-        pivots = _pivots(x, bounds, groups)
-        for (first, number, _, _), part, into in zip(runs, _maps(x, runs), _maps(out, runs), strict=True):
-            images, channels, length, _ = part.shape
-            part = part - pivots[first : first + number]
-            y, *of_run = torch.native_group_norm(part, *affine, images, channels, length, groups, eps)
-            into.copy_(y)
-            moments[0, first : first + number] = of_run[0].view(number, groups)
-            moments[1, first : first + number] = of_run[1].view(number, groups)
-        mean, rstd = moments[0], moments[1].clone()  # mean after the pivots are gone
+        mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, out)
+        if _far(mean, rstd):
+            pivots = _pivots(x, bounds, groups)
+            mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, out, pivots)
+            mean += pivots.mean(2)
     if relu:
         out[:count].relu_()
     return out, mean, rstd
@@ -73,23 +66,60 @@ def norm_backward(
     if stats == "position":
         grad_weight, grad_bias = _position_backward(grad, x[:count], weight, mean, rstd, grad_x[:count])
         return grad_x, grad_weight, grad_bias
+    pivots = None
+    if _far(mean, rstd):
+        pivots = _pivots(x, bounds, groups)
+        mean = mean - pivots.mean(2)
     runs = _runs(bounds)
     scale, _ = _affine(x, weight, weight)
-    pivots = _pivots(x, bounds, groups)
-    sums = torch.zeros(2, len(weight), dtype=mean.dtype, device=x.device)
+    mean, rstd = mean.to(scale.dtype), rstd.to(scale.dtype)
+    of_affine: list[list[Tensor]] = [[], []]
     for (first, number, _, _), part, of_part, into in zip(
         runs, _maps(x, runs), _maps(grad, runs), _maps(grad_x, runs), strict=True
     ):
         images, channels, length, _ = part.shape
         segments = slice(first, first + number)
-        of_x, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
-            of_part, part - pivots[segments], mean[segments].to(scale.dtype), rstd[segments].to(scale.dtype), scale,
-            images, channels, length, groups, [True] * 3,
-        )  # fmt: skip
+        if pivots is not None:
+            part = part - pivots[segments].view(number, channels, 1, 1)
+        of_x, *of_both = torch.ops.aten.native_group_norm_backward(
+            of_part, part, mean[segments], rstd[segments], scale, images, channels, length, groups, [True] * 3
+        )
         into.copy_(of_x)
-        sums[0] += of_weight
-        sums[1] += of_bias
-    return grad_x, sums[0], sums[1].clone()
+        for parts, value in zip(of_affine, of_both, strict=True):
+            parts.append(value)
+    grad_weight, grad_bias = (torch.stack(parts).sum(0) if parts else torch.zeros_like(weight) for parts in of_affine)
+    return grad_x, grad_weight, grad_bias
+
+
+def _segment_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, bounds: Sequence[int], groups: int, eps: float, out: Tensor,
+    pivots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Writes the normalised rows of every segment to `out`; returns mean (without pivot) and 1 / deviation."""
+    runs = _runs(bounds)
+    affine = _affine(x, weight, bias)
+    mean, rstd = x.new_zeros(2, len(bounds) - 1, groups, dtype=_wide(x)).unbind()
+    for (first, number, _, _), part, into in zip(runs, _maps(x, runs), _maps(out, runs), strict=True):
+        images, channels, length, _ = part.shape
+        segments = slice(first, first + number)
+        if pivots is not None:
+            part = part - pivots[segments].view(number, channels, 1, 1)
+        y, mean[segments], rstd[segments] = torch.native_group_norm(
+            part, *affine, images, channels, length, groups, eps
+        )
+        into.copy_(y)
+    return mean, rstd.clone()
+
+
+def _far(mean: Tensor, rstd: Tensor) -> bool:
+    """Whether a mean lies so many deviations from 0 that torch's channels-last GroupNorm loses digits."""
+    return mean.numel() > 0 and bool((mean * rstd).abs().max() > 10)
+
+
+def _pivots(x: Tensor, bounds: Sequence[int], groups: int) -> Tensor:
+    """(S, groups, C / groups): the mean of each group in the first row of every segment, to be taken off first."""
+    first = x[[min(start, len(x) - 1) for start in bounds[:-1]]].view(len(bounds) - 1, groups, -1)
+    return first.mean(2, keepdim=True).expand_as(first).contiguous()
 
 
 Run = tuple[int, int, int, int]
@@ -117,16 +147,6 @@ def _maps(rows: Tensor, runs: Sequence[Run]) -> list[Tensor]:
         rows.as_strided((number, channels, length, 1), (length * channels, 1, channels, channels), start * channels)
         for _, number, start, length in runs
     ]
-
-
-def _pivots(x: Tensor, bounds: Sequence[int], groups: int) -> Tensor:
-    """(S, C, 1, 1): the mean of each group in the first row of every segment.
-
-    Taken off first: torch's channels-last GroupNorm loses precision where the mean is far larger than the deviation.
-    """
-    first = x[[min(start, len(x) - 1) for start in bounds[:-1]]]
-    means = first.view(len(first), groups, -1).mean(2, keepdim=True)
-    return means.expand(-1, -1, x.shape[1] // groups).reshape(len(first), -1, 1, 1)
 
 
 def _position_norm(
