@@ -41,15 +41,13 @@ def norm(
     out = torch.empty_like(x)
     out[-1] = 0
     if stats == "position":
-        mean, rstd = _position_norm(x[:count], weight, bias, groups, eps, out[:count])
+        mean, rstd = _position_norm(x[:count], weight, bias, groups, eps, relu, out[:count])
     else:
-        mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, out)
+        mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, relu, out)
         if _far(mean, rstd):
             pivots = _pivots(x, bounds, groups)
-            mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, out, pivots)
+            mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, relu, out, pivots)
             mean += pivots.mean(2)
-    if relu:
-        out[:count].relu_()
     return out, mean, rstd
 
 
@@ -92,8 +90,8 @@ def norm_backward(
 
 
 def _segment_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, bounds: Sequence[int], groups: int, eps: float, out: Tensor,
-    pivots: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, bounds: Sequence[int], groups: int, eps: float, relu: bool,
+    out: Tensor, pivots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Writes the normalised rows of every segment to `out`; returns mean (without pivot) and 1 / deviation."""
     runs = _runs(bounds)
@@ -107,8 +105,16 @@ def _segment_norm(
         y, mean[segments], rstd[segments] = torch.native_group_norm(
             part, *affine, images, channels, length, groups, eps
         )
-        into.copy_(y)
+        _write(y, into, relu)
     return mean, rstd.clone()
+
+
+def _write(values: Tensor, out: Tensor, relu: bool) -> None:
+    """Copies, and clips at 0 in the same pass."""
+    if relu and values.dtype == out.dtype:
+        torch.clamp_min(values, 0, out=out)
+    else:
+        out.copy_(values.relu_() if relu else values)
 
 
 def _far(mean: Tensor, rstd: Tensor) -> bool:
@@ -150,7 +156,7 @@ def _maps(rows: Tensor, runs: Sequence[Run]) -> list[Tensor]:
 
 
 def _position_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, out: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: bool, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Writes the normalised (rows, C) to `out`; returns mean and 1 / deviation, (rows, groups)."""
     xs = x.to(_wide(x))
@@ -158,7 +164,7 @@ def _position_norm(
     mean = xs @ average
     centred = torch.addmm(xs, mean, spread, alpha=-1)
     rstd = ((centred * centred) @ average + eps).rsqrt()
-    out.copy_(centred.mul_(rstd @ (spread * weight)).add_(bias))
+    _write(centred.mul_(rstd @ (spread * weight)).add_(bias), out, relu)
     return mean, rstd
 
 

@@ -15,19 +15,24 @@ def place(
     """See `place_rows`; returns the map's rows, the normalised rows, and mean and 1 / deviation of the norm."""
     normal, mean, rstd = norm(x, weight, bias, offsets, groups=groups, eps=eps, stats=stats, relu=False)
     count = int(offsets[-1])
-    whole = count == len(gate)
-    active = positions[:count]
-    rows = normal[:count] * (gate if whole else gate.index_select(0, active))[:, None].to(x.dtype)
-    if residual is None:
-        y = x.new_zeros(len(gate) + 1, x.shape[1]) if not whole else x.new_empty(len(gate) + 1, x.shape[1])
+    like = x if residual is None else residual
+    y = like.new_empty(len(gate) + 1, x.shape[1])
+    if count == len(gate):  # the whole map: one pass, no indices
+        rows, scale = normal[:-1].to(like.dtype), gate[:, None].to(like.dtype)
+        if residual is None:
+            torch.mul(rows, scale, out=y[:-1])
+        else:
+            torch.addcmul(residual[:-1], rows, scale, out=y[:-1])
+        y = y.relu_() if relu else y
     else:
-        rows = rows.to(residual.dtype).add_(residual[:count] if whole else residual.index_select(0, active))
-        y = torch.empty_like(residual) if whole else residual.relu() if relu else residual.clone()
-    rows = rows.relu_() if relu else rows
-    if whole:
-        y[:-1] = rows
-    else:
-        y.index_copy_(0, active.long(), rows)
+        active = positions[:count]
+        rows = (normal[:count] * gate.index_select(0, active)[:, None].to(x.dtype)).to(like.dtype)
+        if residual is None:
+            y.zero_()
+        else:
+            rows.add_(residual.index_select(0, active))
+            y = residual.relu() if relu else residual.clone()
+        y.index_copy_(0, active.long(), rows.relu_() if relu else rows)
     y[-1] = 0
     return y, normal, mean, rstd
 
