@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class Plan:
         return [self.positions, self.inverse, self.offsets]
 
 
+@lru_cache(maxsize=16)
 def whole_plan(layout: RowLayout) -> Plan:
     """Every position of the layout: rows are the map."""
     index = torch.arange(layout.positions + 1, dtype=torch.int32, device=layout.device)
