@@ -111,7 +111,7 @@ def from_sizes(sizes: Sequence[int], batch: int, device: torch.device) -> RowLay
 
 
 # Index tables depend on the layout alone; a detector meets few layouts, so the last ones are kept.
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _neighbours(layout: RowLayout) -> Tensor:
     tables = []
     for (start, stop), (height, width) in zip(layout.levels, layout.shapes, strict=True):
@@ -123,7 +123,7 @@ def _neighbours(layout: RowLayout) -> Tensor:
     return torch.cat(tables)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _segment(layout: RowLayout) -> Tensor:
     parts = [
         torch.arange(layout.batch, dtype=torch.int32, device=layout.device).repeat_interleave(height * width)
@@ -133,7 +133,7 @@ def _segment(layout: RowLayout) -> Tensor:
     return torch.cat(parts)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _starts(layout: RowLayout) -> Tensor:
     sizes = [height * width for height, width in layout.shapes for _ in range(layout.batch)]
     bounds = [0]

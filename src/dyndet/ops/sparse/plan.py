@@ -71,7 +71,7 @@ class Plan:
         return [self.positions, self.inverse, self.offsets]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def whole_plan(layout: RowLayout) -> Plan:
     """Every position of the layout: rows are the map."""
     index = torch.arange(layout.positions + 1, dtype=torch.int32, device=layout.device)
