@@ -184,6 +184,17 @@ def test_budget_gradients(mode: str) -> None:
     assert price.requires_grad == (mode == "on")
 
 
+def test_training_after_validation_in_inference_mode() -> None:
+    """Index tables that validation built first serve training, whose tensors must be fit for autograd."""
+    shapes = [(11, 13), (5, 6)]  # of no other test: the tables are cached
+    module = scattered().train()
+    with torch.inference_mode():
+        module(pyramid(shapes=shapes))
+    output = module(pyramid(shapes=shapes))
+    sum(x.square().sum() for x in output.cls + output.reg).backward()  # type: ignore[union-attr]
+    assert all(p.grad is not None for p in module.parameters())
+
+
 def test_an_image_costs_the_same_alone_and_in_a_batch() -> None:
     module = scattered().eval()
     features = pyramid()

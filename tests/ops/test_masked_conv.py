@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dyndet.errors import UserError
 from dyndet.ops import conv as module
 from dyndet.ops import masked_conv
 from dyndet.ops.sparse import conv_rows
@@ -133,5 +134,5 @@ def test_wrong_arguments_are_named() -> None:
 def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, mask = torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match="impl=triton needs a CUDA device"):
+    with pytest.raises(UserError, match="impl=triton needs a CUDA device"):
         masked_conv(x, torch.zeros(1, 3, 3, 3), mask=mask, impl="triton")

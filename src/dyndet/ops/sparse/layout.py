@@ -110,8 +110,10 @@ def from_sizes(sizes: Sequence[int], batch: int, device: torch.device) -> RowLay
     return RowLayout(tuple(zip(sizes[::2], sizes[1::2], strict=True)), batch, device)
 
 
-# Index tables depend on the layout alone; a detector meets few layouts, so the last ones are kept.
+# Index tables depend on the layout alone; a detector meets few layouts, so the last ones are kept. Those that
+# validation asks for first must serve training as well, which tensors of inference mode could not.
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _neighbours(layout: RowLayout) -> Tensor:
     tables = []
     for (start, stop), (height, width) in zip(layout.levels, layout.shapes, strict=True):
@@ -124,6 +126,7 @@ def _neighbours(layout: RowLayout) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _segment(layout: RowLayout) -> Tensor:
     parts = [
         torch.arange(layout.batch, dtype=torch.int32, device=layout.device).repeat_interleave(height * width)
@@ -134,6 +137,7 @@ def _segment(layout: RowLayout) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _starts(layout: RowLayout) -> Tensor:
     sizes = [height * width for height, width in layout.shapes for _ in range(layout.batch)]
     bounds = [0]

@@ -72,6 +72,7 @@ class Plan:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def whole_plan(layout: RowLayout) -> Plan:
     """Every position of the layout: rows are the map."""
     index = torch.arange(layout.positions + 1, dtype=torch.int32, device=layout.device)

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from dyndet.errors import UserError
+
 _INSTALLED = find_spec("triton") is not None
 
 
@@ -20,7 +22,7 @@ def chosen(impl: str, device: torch.device) -> bool:
     """Whether `impl` means the kernels on this device.
 
     Raises:
-        RuntimeError: where they were asked for and cannot run.
+        UserError: where they were asked for and cannot run.
     """
     if impl == "auto":
         return serves(device)
@@ -29,7 +31,7 @@ def chosen(impl: str, device: torch.device) -> bool:
     interpreting = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
     if not (interpreting or serves(device) or device.type == "meta"):
         why = f"features are on {device.type}" if _INSTALLED else "the package triton is not installed"
-        raise RuntimeError(f"impl=triton needs a CUDA device and Triton; {why}: use impl=auto or gather")
+        raise UserError(f"impl=triton needs a CUDA device and Triton; {why}: use impl=auto or gather")
     return device.type != "meta"
 
 
