@@ -89,7 +89,7 @@ def test_exchange_rows() -> None:
 def test_logit_rows(kernel: int) -> None:
     s = setting()
     weight = torch.randn(2, 4, kernel, kernel, requires_grad=True)
-    arguments = (s["rows"], weight, s["layout"].neighbours)
+    arguments = (s["rows"], weight, s["layout"].sizes, s["layout"].batch)
     torch.library.opcheck(torch.ops.dyndet.logit_rows.default, arguments, test_utils=CHECKS)
 
 

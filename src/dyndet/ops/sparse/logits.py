@@ -1,11 +1,11 @@
 """Convolution of the map to very few channels, differentiable: the logits of gates.
 
-A convolution to one or two channels starves on small vectors. Here one matrix product takes all taps at every position,
+A convolution to one or two channels starves on small vectors. Here a matrix product takes all taps at every position,
 and each position then adds up what its neighbours hold for it:
 
-    logits[o, p] = sum over taps t of  products[neighbour t of p, o, t],    products = x W
+    logits[o, p] = sum over taps t of  products[o, t, neighbour t of p],    products = W x
 
-The gradient goes the same way back: what a position gets for a tap lies at its neighbour on the other side.
+That is `fold` of a level's products, with the taps turned round; the gradient is `unfold`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyndet.ops.sparse.direct import autocast_dtype, direct
-from dyndet.ops.sparse.layout import RowLayout
+from dyndet.ops.sparse.layout import RowLayout, from_sizes
 
 
 def logit_rows(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
@@ -33,62 +33,66 @@ def logit_rows(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
         (O, P), at least float32.
     """
     dtype = autocast_dtype(x)
-    return _logit_rows(x.to(dtype), weight.to(dtype), layout.neighbours)
+    return _logit_rows(x.to(dtype), weight.to(dtype), layout.sizes, layout.batch)
 
 
-def _forward(x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
-    outputs, taps = len(weight), weight.shape[2] * weight.shape[3]
-    products = F.linear(x[:-1], _matrix(weight)).to(_wide(x))
-    if taps == 1:
-        return products.t().contiguous()
-    products = F.pad(products, (0, 0, 0, 1))  # what lies outside adds nothing
-    own = torch.arange(outputs * taps, dtype=torch.int32, device=x.device).view(outputs, 1, taps)
-    index = (neighbours * (outputs * taps) + own).view(-1)
-    return products.view(-1).index_select(0, index).view(outputs, -1, taps).sum(2)
+def _forward(x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> Tensor:
+    layout = from_sizes(sizes, batch, x.device)
+    outputs, kernel = len(weight), weight.shape[-1]
+    matrix = _matrix(weight)
+    logits = x.new_empty(outputs, layout.positions, dtype=_wide(x))
+    for (start, stop), shape in zip(layout.levels, layout.shapes, strict=True):
+        products = matrix @ x[start:stop].view(batch, -1, x.shape[1]).mT
+        if kernel > 1:
+            products = F.fold(products.to(logits.dtype).view(1, -1, (stop - start) // batch), shape, kernel, padding=kernel // 2)
+        logits[:, start:stop].view(outputs, batch, -1).copy_(products.view(batch, outputs, -1).transpose(0, 1))
+    return logits
 
 
 _registered = torch.library.custom_op("dyndet::logit_rows", _forward, mutates_args=())
 
 
 @_registered.register_fake
-def _(x: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(len(weight), len(x) - 1, dtype=_wide(x))
 
 
-def _gradient(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight."""
-    outputs, channels, *kernel = weight.shape
-    taps = kernel[0] * kernel[1]
-    if taps == 1:
-        of_products = grad.t().contiguous()
-    else:
-        opposite = neighbours.flip(1).view(-1)
-        of_products = F.pad(grad, (0, 1)).t().contiguous().index_select(0, opposite).view(-1, taps, outputs)
-        of_products = of_products.transpose(1, 2).reshape(-1, outputs * taps)
-    of_products = of_products.to(x.dtype)
+    layout = from_sizes(sizes, batch, x.device)
+    outputs, channels, kernel, _ = weight.shape
+    matrix = _matrix(weight)
     grad_x = torch.empty_like(x)
     grad_x[-1] = 0
-    matrix = _matrix(weight)
-    torch.mm(of_products, matrix, out=grad_x[:-1])
-    grad_weight = (of_products.t() @ x[:-1]).view(outputs, *kernel, channels).permute(0, 3, 1, 2)
-    return grad_x, grad_weight.contiguous()
+    of_matrix = torch.zeros_like(matrix, dtype=grad.dtype)
+    for (start, stop), shape in zip(layout.levels, layout.shapes, strict=True):
+        of_maps = grad[:, start:stop].view(outputs, batch, -1).transpose(0, 1)
+        if kernel > 1:
+            of_maps = F.unfold(of_maps.reshape(1, -1, *shape), kernel, padding=kernel // 2)
+        of_products = of_maps.to(x.dtype).reshape(batch, len(matrix), -1)
+        maps = x[start:stop].view(batch, -1, channels)
+        torch.bmm(of_products.mT, matrix.expand(batch, -1, -1), out=grad_x[start:stop].view(maps.shape))
+        of_matrix += torch.bmm(of_products, maps).sum(0)
+    of_weight = of_matrix.view(outputs, kernel, kernel, channels).flip(1, 2).permute(0, 3, 1, 2)
+    return grad_x, of_weight.to(weight.dtype).contiguous()
 
 
 _registered_gradient = torch.library.custom_op("dyndet::logit_rows_backward", _gradient, mutates_args=())
 
 
 @_registered_gradient.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), weight.new_empty(weight.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    x, weight, *ctx.rest = inputs
+    ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     gradient = _gradient if getattr(ctx, "direct", False) else _registered_gradient
-    return *gradient(grad, *ctx.saved_tensors), None
+    return *gradient(grad, *ctx.saved_tensors, *ctx.rest), None, None
 
 
 _registered.register_autograd(_backward, setup_context=_setup)
@@ -96,8 +100,8 @@ _logit_rows = direct(_registered, _forward, _setup, _backward)
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """(O, C, k, k) -> (O k k, C)."""
-    return weight.permute(0, 2, 3, 1).reshape(-1, weight.shape[1])
+    """(O, C, k, k) -> (O k k, C), taps turned round: what a neighbour gives goes the other way."""
+    return weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, weight.shape[1])
 
 
 def _wide(x: Tensor) -> torch.dtype:
