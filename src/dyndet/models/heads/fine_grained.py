@@ -22,8 +22,9 @@ from dyndet.ops.sparse import (
     Stats,
     autocast_dtype,
     check_impl,
-    exchange_rows,
+    conv_work,
     make_plans,
+    scale_rows,
     whole_plan,
 )
 from dyndet.structures import HeadOutput, PathGate, Routing, Work
@@ -87,15 +88,13 @@ class FineGrainedNode(nn.Module):
         # Competing gates (softmax over paths) must all be decided on x; otherwise the depth gate waits for s.
         gates = self._decide(("down", "up", "depth") if self.activation.joint else ("down", "up"), rows, layout, valid)
         sparse_scale = self.norm_stats in ("active", "position")
-        down, work_down = self._send(self.down, rows, gates["down"], layout, sparse_scale)
-        up, work_up = self._send(self.up, rows, gates["up"], layout, sparse_scale)
-        s = exchange_rows(rows, down, up, self.output_weight, self.scale_weight, layout)
+        s, work_scale = self._scale_step(rows, gates["down"], gates["up"], layout, sparse_scale)
         if "depth" not in gates:
             gates |= self._decide(("depth",), s, layout, valid)
         sparse_depth = sparse_scale or (self.norm_stats == "published" and not self.training)
         inner, outer = self._plans(gates["depth"], layout, valid, (1, 0), sparse_depth)
         outputs, work_depth = self.depth.gated(s, gates["depth"], inner, outer, stats=self._stats, impl=self.impl)
-        work = [replace(item, node=name) for item in (*work_down, *work_up, *work_depth)]
+        work = [replace(item, node=name) for item in (*work_scale, *work_depth)]
         return outputs, self._record(name, gates, layout, valid), work
 
     def _decide(self, paths: Sequence[str], rows: Tensor, layout: RowLayout, valid: Tensor | None) -> dict[str, Tensor]:
@@ -122,11 +121,22 @@ class FineGrainedNode(nn.Module):
             gate.detach(), layout, valid=valid, reaches=reaches, expected=self.expected_density, impl=self.impl
         )
 
-    def _send(
-        self, path: ScalePath, rows: Tensor, gate: Tensor, layout: RowLayout, sparse: bool
+    def _scale_step(
+        self, rows: Tensor, down: Tensor, up: Tensor, layout: RowLayout, sparse: bool
     ) -> tuple[Tensor, list[Work]]:
-        (plan,) = self._plans(gate, layout, None, (0,), sparse)
-        return path.gated(rows, gate, plan, stats=self._stats, impl=self.impl)
+        """The sums s, and the work done. What has no receiver is not computed."""
+        paths = self.down.conv_norm, self.up.conv_norm
+        (plan_down,) = self._plans(down, layout, layout.sending(1), (0,), sparse)
+        (plan_up,) = self._plans(up, layout, layout.sending(-1), (0,), sparse)
+        s = scale_rows(
+            rows, self.output_weight, self.scale_weight, *paths, (down, up), (plan_down, plan_up), stats=self._stats,
+            impl=self.impl,
+        )  # fmt: skip
+        work = [
+            conv_work(rows, path.weight, target=plan, impl=self.impl)
+            for path, plan in zip(paths, (plan_down, plan_up), strict=True)
+        ]
+        return s, work
 
     @property
     def _stats(self) -> Stats:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyndet.models.heads.init import init_normal
 from dyndet.ops.masked_norm import masked_group_norm
-from dyndet.ops.sparse import Impl, Plan, Stats, conv_norm_rows, conv_rows, conv_work, place_rows, whole_plan
+from dyndet.ops.sparse import ConvNorm, Impl, Plan, Stats, conv_work, depth_rows
 from dyndet.structures import ConvCost, Work
 
 
@@ -30,26 +30,10 @@ class ScalePath(nn.Module):
         """One level, dense: (B, C, H, W) -> (B, C, H, W); `mask` limits the norm's statistics."""
         return _norm(self.norm, self.conv(features), mask)
 
-    def gated(self, rows: Tensor, gate: Tensor, plan: Plan, *, stats: Stats, impl: Impl) -> tuple[Tensor, list[Work]]:
-        """All levels, at the positions of a plan.
-
-        Args:
-            rows: (P + 1, C) rows of the pyramid.
-            gate: (P,) what the result is multiplied by.
-            plan: positions to compute.
-            stats: see `norm_rows`.
-            impl: execution.
-
-        Returns:
-            (P + 1, C), zero outside the plan, and the work done.
-        """
-        conv, norm = self.conv, self.norm
-        whole = whole_plan(plan.layout)
-        x = conv_rows(rows, conv.weight, conv.bias, source=whole, target=plan, impl=impl)
-        sent = place_rows(
-            x, norm.num_groups, norm.weight, norm.bias, gate, plan=plan, stats=stats, eps=norm.eps, impl=impl
-        )
-        return sent, [conv_work(rows, conv.weight, target=plan, impl=impl)]
+    @property
+    def conv_norm(self) -> ConvNorm:
+        """What `scale_rows` computes, sparse and gated."""
+        return ConvNorm.of(self.conv, self.norm)
 
     def costs(self, *, published: bool) -> tuple[ConvCost, ...]:
         """Multiply-adds per position; the published table counts the convolution twice (spec: 4 864 for C = 256)."""
@@ -89,19 +73,11 @@ class DepthPath(nn.Module):
         Returns:
             (P + 1, C) and the work done.
         """
-        conv1, norm1, conv2, norm2 = self.conv1, self.norm1, self.conv2, self.norm2
-        whole = whole_plan(inner.layout)
-        hidden = conv_norm_rows(
-            rows, conv1.weight, norm1.num_groups, norm1.weight, norm1.bias, source=whole, target=inner, stats=stats,
-            eps=norm1.eps, relu=True, impl=impl,
-        )  # fmt: skip
-        work = [conv_work(rows, conv1.weight, target=inner, impl=impl)]
-        hidden = conv_rows(hidden, conv2.weight, source=inner, target=outer, impl=impl)
-        work.append(conv_work(rows, conv2.weight, target=outer, impl=impl))
-        outputs = place_rows(
-            hidden, norm2.num_groups, norm2.weight, norm2.bias, gate, residual=rows, plan=outer, stats=stats,
-            eps=norm2.eps, relu=True, impl=impl,
-        )  # fmt: skip
+        first, second = ConvNorm.of(self.conv1, self.norm1), ConvNorm.of(self.conv2, self.norm2)
+        outputs = depth_rows(rows, first, second, gate, inner, outer, stats=stats, impl=impl)
+        work = [
+            conv_work(rows, part.weight, target=plan, impl=impl) for part, plan in ((first, inner), (second, outer))
+        ]
         return outputs, work
 
     def costs(self) -> tuple[ConvCost, ...]:

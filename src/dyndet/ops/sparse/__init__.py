@@ -1,7 +1,8 @@
 """Sparse 3x3 convolution blocks on the rows of a pyramid: plan -> convolve -> normalise -> place."""
 
 from dyndet.ops.sparse.conv import conv_rows, conv_work
-from dyndet.ops.sparse.conv_norm import conv_norm_rows
+from dyndet.ops.sparse.conv_norm import ConvNorm, conv_norm_rows
+from dyndet.ops.sparse.depth_step import depth_rows
 from dyndet.ops.sparse.direct import autocast_dtype
 from dyndet.ops.sparse.exchange import exchange_rows
 from dyndet.ops.sparse.execute.norm import Stats
@@ -11,10 +12,12 @@ from dyndet.ops.sparse.logits import logit_rows
 from dyndet.ops.sparse.norm import norm_rows
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, make_plans, whole_plan
+from dyndet.ops.sparse.scale_step import scale_rows
 from dyndet.ops.sparse.scatter import scatter_rows
 
 __all__ = [
     "IMPLS",
+    "ConvNorm",
     "Impl",
     "Plan",
     "RowLayout",
@@ -25,11 +28,13 @@ __all__ = [
     "conv_norm_rows",
     "conv_rows",
     "conv_work",
+    "depth_rows",
     "exchange_rows",
     "logit_rows",
     "make_plans",
     "norm_rows",
     "place_rows",
+    "scale_rows",
     "scatter_rows",
     "whole_plan",
 ]

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyndet.ops.sparse.execute import triton
+from dyndet.ops.sparse.impl import Impl
+
 Function = Callable[..., Any]
 
 
@@ -41,10 +44,18 @@ def direct(registered: Any, forward: Function, setup: Function, backward: Functi
             return backward(ctx, *grads)
 
     def call(first: Tensor, *args: Any) -> Any:
-        ordinary = type(first) in (Tensor, nn.Parameter) and not first.is_meta and not torch.compiler.is_compiling()
-        return Direct.apply(first, *args) if ordinary else registered(first, *args)
+        return Direct.apply(first, *args) if _ordinary(first) else registered(first, *args)
 
     return call
+
+
+def in_one_piece(x: Tensor, impl: Impl) -> bool:
+    """Whether several operators on `x` may run as one function, because nobody needs to see them one by one."""
+    return _ordinary(x) and not triton.chosen(impl, x.device)
+
+
+def _ordinary(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -104,6 +104,10 @@ class RowLayout:
         """Int32 (S + 1,): first position of every segment, then P."""
         return _starts(self)
 
+    def sending(self, step: int) -> Tensor:
+        """Bool (P,): positions of the levels whose index plus `step` is a level too."""
+        return _sending(self, step)
+
 
 def from_sizes(sizes: Sequence[int], batch: int, device: torch.device) -> RowLayout:
     """The layout whose `sizes` these are."""
@@ -144,3 +148,12 @@ def _starts(layout: RowLayout) -> Tensor:
     for size in sizes:
         bounds.append(bounds[-1] + size)
     return torch.tensor(bounds, dtype=torch.int32, device=layout.device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _sending(layout: RowLayout, step: int) -> Tensor:
+    mask = torch.zeros(layout.positions, dtype=torch.bool, device=layout.device)
+    for level, (start, stop) in enumerate(layout.levels):
+        mask[start:stop] = 0 <= level + step < len(layout.shapes)
+    return mask

@@ -44,7 +44,8 @@ def _forward(x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> Tensor:
     for (start, stop), shape in zip(layout.levels, layout.shapes, strict=True):
         products = matrix @ x[start:stop].view(batch, -1, x.shape[1]).mT
         if kernel > 1:
-            products = F.fold(products.to(logits.dtype).view(1, -1, (stop - start) // batch), shape, kernel, padding=kernel // 2)
+            columns = products.to(logits.dtype).view(1, -1, shape[0] * shape[1])
+            products = F.fold(columns, shape, kernel, padding=kernel // 2)
         logits[:, start:stop].view(outputs, batch, -1).copy_(products.view(batch, outputs, -1).transpose(0, 1))
     return logits
 

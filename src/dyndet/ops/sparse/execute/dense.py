@@ -41,13 +41,14 @@ def conv(
 
 def conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, layout: RowLayout, source: Tensor | None, target: Tensor | None,
-    needs: tuple[bool, bool],
+    needs: tuple[bool, bool], into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `conv` for its input and its weight, each where `needs` asks for it.
 
     Args:
         grad: (capacity + 1, O), of the output; the last row does not count.
         needs: input, weight.
+        into: (R + 1, C), what the input's gradient is added to, in place; None begins with zeros.
 
     Returns:
         (R + 1, C) and the weight's shape.
@@ -55,7 +56,10 @@ def conv_backward(
     groups = x.shape[1] // weight.shape[1]
     maps = layout.maps(x if source is None else _expand(x, source, layout))
     grads = layout.maps(grad if target is None else _expand(grad, target, layout))
-    grad_x = x.new_empty(layout.positions + 1, x.shape[1]) if needs[0] else None
+    grad_x = None
+    adds = into is not None and source is None
+    if needs[0]:
+        grad_x = into if adds else x.new_empty(layout.positions + 1, x.shape[1])
     views = [None] * len(maps) if grad_x is None else layout.maps(grad_x)
     grad_weight: Tensor | None = None
     for level, part, view in zip(maps, grads, views, strict=True):
@@ -63,13 +67,14 @@ def conv_backward(
             part, level, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [*needs, False]
         )
         if view is not None:
-            view.copy_(of_map)
+            view.add_(of_map) if adds else view.copy_(of_map)
         if needs[1]:
             grad_weight = of_weight if grad_weight is None else grad_weight + of_weight
     if grad_x is not None:
         grad_x[-1] = 0
         if source is not None:
             grad_x = _select(grad_x, source)
+            grad_x = grad_x if into is None else into.add_(grad_x)
     return grad_x, grad_weight
 
 

@@ -19,8 +19,9 @@ _WORKSPACE_BYTES = 4 << 20
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, inverse: Tensor, neighbours: Tensor, count: int
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, inverse: Tensor | None, neighbours: Tensor,
+    count: int,
+) -> Tensor:  # fmt: skip
     """Rows of a 3x3 convolution.
 
     Args:
@@ -28,7 +29,7 @@ def conv(
         weight: (O, C, 3, 3).
         bias: (O,) or None.
         positions: int32 (capacity,), the position of every target row.
-        inverse: int32 (P + 1,), the source row of every position, R where there is none.
+        inverse: int32 (P + 1,), the source row of every position, R where there is none; None where rows are the map.
         neighbours: int32 (P, 9), see `RowLayout.neighbours`.
         count: number of target rows.
 
@@ -47,21 +48,24 @@ def conv(
 
 
 def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, positions: Tensor, inverse: Tensor, neighbours: Tensor, count: int,
-    needs: tuple[bool, bool],
+    grad: Tensor, x: Tensor, weight: Tensor, positions: Tensor, inverse: Tensor | None, neighbours: Tensor,
+    count: int, needs: tuple[bool, bool], into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `conv` for its input and its weight, each where `needs` asks for it.
 
     Args:
         grad: (capacity + 1, O), of the output; the last row does not count.
         needs: input, weight.
+        into: (R + 1, C), what the input's gradient is added to, in place; None begins with zeros.
 
     Returns:
         (R + 1, C) and (O, C, 3, 3). Sums are taken in float32 where the features are of half precision.
     """
     out_channels, channels = weight.shape[:2]
     sums = torch.promote_types(x.dtype, torch.float32)
-    grad_x = torch.zeros_like(x, dtype=sums) if needs[0] else None
+    grad_x = None
+    if needs[0]:
+        grad_x = into if into is not None and into.dtype == sums else torch.zeros_like(x, dtype=sums)
     grad_kernel = weight.new_zeros(9 * channels, out_channels, dtype=sums) if needs[1] else None
     kernel = _matrix(weight)
     workspace: Tensor | None = None
@@ -78,7 +82,7 @@ def conv_backward(
             grad_x.scatter_add_(0, index.long()[:, None].expand_as(rows), rows)  # in parallel, unlike index_add_
     if grad_x is not None:
         grad_x[-1] = 0  # collected what fell outside
-        grad_x = grad_x.to(x.dtype)
+        grad_x = grad_x.to(x.dtype) if into is None or grad_x is into else into.add_(grad_x)
     if grad_kernel is not None:
         grad_kernel = grad_kernel.t().reshape(out_channels, 3, 3, channels).permute(0, 3, 1, 2).to(weight.dtype)
     return grad_x, grad_kernel
@@ -90,7 +94,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _patches(
-    x: Tensor, positions: Tensor, inverse: Tensor, neighbours: Tensor, count: int
+    x: Tensor, positions: Tensor, inverse: Tensor | None, neighbours: Tensor, count: int
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Chunk by chunk: first and last + 1 row, patches (n, 9 C), and the source rows they came from (9 n,)."""
     channels = x.shape[1]
@@ -99,7 +103,7 @@ def _patches(
     for start in range(0, count, most):
         stop = min(start + most, count)
         index = neighbours.index_select(0, positions[start:stop]).view(-1)
-        index = inverse.index_select(0, index)
+        index = index if inverse is None else inverse.index_select(0, index)
         patches = workspace[: len(index)]
         torch.index_select(x, 0, index, out=patches)
         yield start, stop, patches.view(-1, 9 * channels), index

@@ -1,0 +1,117 @@
+"""The depth step of a node: the residual branch of a basic block where its gate is open, differentiable.
+
+y = ReLU(x + gate * norm2(conv2(ReLU(norm1(conv1(x))))))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndet.ops.sparse.conv import conv_rows, how_to_convolve
+from dyndet.ops.sparse.conv_norm import ConvNorm, conv_norm_rows
+from dyndet.ops.sparse.direct import autocast_dtype, in_one_piece
+from dyndet.ops.sparse.execute import dense, gather
+from dyndet.ops.sparse.execute.norm import Stats, norm, norm_backward
+from dyndet.ops.sparse.execute.place import place, place_backward
+from dyndet.ops.sparse.impl import Impl
+from dyndet.ops.sparse.place import place_rows
+from dyndet.ops.sparse.plan import Plan, whole_plan
+
+
+def depth_rows(
+    x: Tensor, first: ConvNorm, second: ConvNorm, gate: Tensor, inner: Plan, outer: Plan, *,
+    stats: Stats = "active", impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    """A gated basic block on the rows of a pyramid.
+
+    Args:
+        x: (P + 1, C) rows of the pyramid.
+        first: convolution 1, without bias, and its norm.
+        second: convolution 2, without bias, and its norm.
+        gate: (P,) what the branch is multiplied by.
+        inner: where convolution 1 runs, the 3x3 neighbourhood of `outer`.
+        outer: where convolution 2 runs.
+        stats: see `norm_rows`.
+        impl: execution.
+
+    Returns:
+        (P + 1, C), the last row zero.
+    """
+    if in_one_piece(x, impl):
+        dtype = autocast_dtype(x)
+        tensors = [value for part in (first, second) for value in (part.weight.to(dtype), part.scale, part.shift)]
+        how = [how_to_convolve(impl, plan, x, first.weight) for plan in (inner, outer)]
+        return _DepthStep.apply(x.to(dtype), gate, *tensors, (first, second), (inner, outer), how, stats)
+    hidden = conv_norm_rows(
+        x, first.weight, first.groups, first.scale, first.shift, source=whole_plan(inner.layout), target=inner,
+        stats=stats, eps=first.eps, relu=True, impl=impl,
+    )  # fmt: skip
+    hidden = conv_rows(hidden, second.weight, source=inner, target=outer, impl=impl)
+    return place_rows(
+        hidden, second.groups, second.scale, second.shift, gate, residual=x, plan=outer, stats=stats, eps=second.eps,
+        relu=True, impl=impl,
+    )  # fmt: skip
+
+
+class _DepthStep(torch.autograd.Function):
+    """The block in one piece, so that the gradients of `x` meet in one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, *rest: Any) -> Tensor:
+        w1, scale1, shift1, w2, scale2, shift2, (first, second), (inner, outer), (how1, how2), stats = rest
+        conv1 = _conv(x, w1, whole_plan(inner.layout), inner, how1)
+        hidden, mean1, rstd1 = norm(
+            conv1, scale1, shift1, inner.offsets, groups=first.groups, eps=first.eps, stats=stats, relu=True
+        )
+        conv2 = _conv(hidden, w2, inner, outer, how2)
+        y, normal, mean2, rstd2 = place(
+            conv2, scale2, shift2, gate, x, outer.positions, outer.offsets, groups=second.groups, eps=second.eps,
+            stats=stats, relu=True,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x, gate, w1, scale1, w2, scale2, conv1, hidden, mean1, rstd1, conv2, normal, mean2, rstd2, y
+        )
+        ctx.rest = first.groups, second.groups, inner, outer, how1, how2, stats
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, gate, w1, scale1, w2, scale2, conv1, hidden, mean1, rstd1, conv2, normal, mean2, rstd2, y = ctx.saved_tensors
+        groups1, groups2, inner, outer, how1, how2, stats = ctx.rest
+        grad, grad_conv2, *of_norm2, of_gate = place_backward(
+            grads[0], y, conv2, normal, scale2, mean2, rstd2, gate, outer.positions, outer.offsets, groups=groups2,
+            stats=stats, residual=True,
+        )  # fmt: skip
+        of_hidden, of_w2 = _conv_backward(grad_conv2, hidden, w2, inner, outer, how2, None)
+        of_conv1, *of_norm1 = norm_backward(
+            of_hidden, conv1, hidden, scale1, mean1, rstd1, inner.offsets, groups=groups1, stats=stats
+        )
+        _, of_w1 = _conv_backward(of_conv1, x, w1, whole_plan(inner.layout), inner, how1, grad)
+        return grad, of_gate, of_w1, *of_norm1, of_w2, *of_norm2, *[None] * 4
+
+
+def _conv(x: Tensor, weight: Tensor, source: Plan, target: Plan, how: Impl) -> Tensor:
+    if how == "gather":
+        return gather.conv(x, weight, None, *_indices(source, target))
+    return dense.conv(x, weight, None, target.layout, *_places(source, target))
+
+
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, source: Plan, target: Plan, how: Impl, into: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if how == "gather":
+        found = gather.conv_backward(grad, x, weight, *_indices(source, target), (True, True), into)
+    else:
+        found = dense.conv_backward(grad, x, weight, target.layout, *_places(source, target), (True, True), into)
+    return found  # type: ignore[return-value]  # both were asked for
+
+
+def _indices(source: Plan, target: Plan) -> tuple[Tensor, Tensor | None, Tensor, int]:
+    return target.positions, None if source.whole else source.inverse, target.layout.neighbours, target.capacity
+
+
+def _places(source: Plan, target: Plan) -> tuple[Tensor | None, Tensor | None]:
+    return None if source.whole else source.positions, None if target.whole else target.positions
