@@ -93,7 +93,9 @@ def _forward(
         hint = {} if density < 0 or weight.shape[1] < x.shape[1] else {"density": density}
         return run(x, weight, bias, positions, rows, neighbours, offsets, **hint)
     if how == "gather":
-        return gather.conv(x, weight, bias, positions, source_inverse, neighbours, int(offsets[-1]))
+        rows = None if source_whole else source_inverse
+        index = gather.taps(positions, rows, neighbours, int(offsets[-1]))
+        return gather.conv(x, weight, bias, index, len(positions))
     layout = from_sizes(sizes, batch, x.device)
     source = None if source_whole else _defined(source_positions, source_offsets, layout.positions)
     target = None if target_whole else _defined(positions, offsets, layout.positions)
@@ -144,9 +146,9 @@ def _gradient(
             grad_weight, grad_bias = of_weight, of_bias.clone()  # an operator must not return parts of one buffer
     else:
         if how == "gather":
-            grad_x, grad_weight = gather.conv_backward(
-                grad, x, weight, positions, source_inverse, neighbours, int(offsets[-1]), (needs_x, needs_weight)
-            )
+            rows = None if source_whole else source_inverse
+            index = gather.taps(positions, rows, neighbours, int(offsets[-1]))
+            grad_x, grad_weight = gather.conv_backward(grad, x, weight, index, (needs_x, needs_weight))
         else:
             grad_x, grad_weight = dense.conv_backward(
                 grad, x, weight, layout,

@@ -62,55 +62,66 @@ class _DepthStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, *rest: Any) -> Tensor:
         w1, scale1, shift1, w2, scale2, shift2, (first, second), (inner, outer), (how1, how2), stats = rest
-        conv1 = _conv(x, w1, whole_plan(inner.layout), inner, how1)
+        index1 = _index(whole_plan(inner.layout), inner, how1)
+        index2 = _index(inner, outer, how2)
+        conv1 = _conv(x, w1, index1, whole_plan(inner.layout), inner)
         hidden, mean1, rstd1 = norm(
             conv1, scale1, shift1, inner.offsets, groups=first.groups, eps=first.eps, stats=stats, relu=True
         )
-        conv2 = _conv(hidden, w2, inner, outer, how2)
+        conv2 = _conv(hidden, w2, index2, inner, outer)
+        positions = outer.positions.long()
         y, normal, mean2, rstd2 = place(
-            conv2, scale2, shift2, gate, x, outer.positions, outer.offsets, groups=second.groups, eps=second.eps,
+            conv2, scale2, shift2, gate, x, positions, outer.offsets, groups=second.groups, eps=second.eps,
             stats=stats, relu=True,
         )  # fmt: skip
         ctx.save_for_backward(
-            x, gate, w1, scale1, w2, scale2, conv1, hidden, mean1, rstd1, conv2, normal, mean2, rstd2, y
-        )
-        ctx.rest = first.groups, second.groups, inner, outer, how1, how2, stats
+            x, gate, w1, scale1, w2, scale2, conv1, hidden, mean1, rstd1, conv2, normal, mean2, rstd2, y, index1, index2,
+            positions,
+        )  # fmt: skip
+        ctx.rest = first.groups, second.groups, inner, outer, stats
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, gate, w1, scale1, w2, scale2, conv1, hidden, mean1, rstd1, conv2, normal, mean2, rstd2, y = ctx.saved_tensors
-        groups1, groups2, inner, outer, how1, how2, stats = ctx.rest
+        x, gate, w1, scale1, w2, scale2, conv1, hidden, mean1, rstd1, conv2, normal, mean2, rstd2, y, *indices = (
+            ctx.saved_tensors
+        )
+        index1, index2, positions = indices
+        groups1, groups2, inner, outer, stats = ctx.rest
         grad, grad_conv2, *of_norm2, of_gate = place_backward(
-            grads[0], y, conv2, normal, scale2, mean2, rstd2, gate, outer.positions, outer.offsets, groups=groups2,
+            grads[0], y, conv2, normal, scale2, mean2, rstd2, gate, positions, outer.offsets, groups=groups2,
             stats=stats, residual=True,
         )  # fmt: skip
-        of_hidden, of_w2 = _conv_backward(grad_conv2, hidden, w2, inner, outer, how2, None)
+        of_hidden, of_w2 = _conv_backward(grad_conv2, hidden, w2, index2, inner, outer, None)
         of_conv1, *of_norm1 = norm_backward(
             of_hidden, conv1, hidden, scale1, mean1, rstd1, inner.offsets, groups=groups1, stats=stats
         )
-        _, of_w1 = _conv_backward(of_conv1, x, w1, whole_plan(inner.layout), inner, how1, grad)
+        _, of_w1 = _conv_backward(of_conv1, x, w1, index1, whole_plan(inner.layout), inner, grad)
         return grad, of_gate, of_w1, *of_norm1, of_w2, *of_norm2, *[None] * 4
 
 
-def _conv(x: Tensor, weight: Tensor, source: Plan, target: Plan, how: Impl) -> Tensor:
-    if how == "gather":
-        return gather.conv(x, weight, None, *_indices(source, target))
-    return dense.conv(x, weight, None, target.layout, *_places(source, target))
+def _index(source: Plan, target: Plan, how: Impl) -> Tensor | None:
+    """What to gather; None where the convolution is rather taken of the whole map."""
+    if how != "gather":
+        return None
+    inverse = None if source.whole else source.inverse
+    return gather.taps(target.positions, inverse, target.layout.neighbours, target.capacity)
+
+
+def _conv(x: Tensor, weight: Tensor, index: Tensor | None, source: Plan, target: Plan) -> Tensor:
+    if index is None:
+        return dense.conv(x, weight, None, target.layout, *_places(source, target))
+    return gather.conv(x, weight, None, index, target.capacity)
 
 
 def _conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, source: Plan, target: Plan, how: Impl, into: Tensor | None
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor | None, source: Plan, target: Plan, into: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if how == "gather":
-        found = gather.conv_backward(grad, x, weight, *_indices(source, target), (True, True), into)
-    else:
+    if index is None:
         found = dense.conv_backward(grad, x, weight, target.layout, *_places(source, target), (True, True), into)
+    else:
+        found = gather.conv_backward(grad, x, weight, index, (True, True), into)
     return found  # type: ignore[return-value]  # both were asked for
-
-
-def _indices(source: Plan, target: Plan) -> tuple[Tensor, Tensor | None, Tensor, int]:
-    return target.positions, None if source.whole else source.inverse, target.layout.neighbours, target.capacity
 
 
 def _places(source: Plan, target: Plan) -> tuple[Tensor | None, Tensor | None]:

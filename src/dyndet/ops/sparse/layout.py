@@ -73,9 +73,11 @@ class RowLayout:
 
     def maps(self, rows: Tensor) -> list[Tensor]:
         """(P [+ 1], C) -> L x (B, C, H, W), channels-last views."""
+        sizes = [stop - start for start, stop in self.levels]
+        parts = rows.split([*sizes, len(rows) - self.positions])  # unlike slices, one pass in the backward direction
         return [
-            rows[start:stop].view(self.batch, height, width, -1).permute(0, 3, 1, 2)
-            for (start, stop), (height, width) in zip(self.levels, self.shapes, strict=True)
+            part.view(self.batch, height, width, -1).permute(0, 3, 1, 2)
+            for part, (height, width) in zip(parts, self.shapes, strict=False)
         ]
 
     def flat(self, maps: Sequence[Tensor]) -> Tensor:
@@ -84,9 +86,9 @@ class RowLayout:
 
     def unflat(self, values: Tensor) -> list[Tensor]:
         """(P,) -> L x (B, 1, H, W), views."""
+        parts = values.split([stop - start for start, stop in self.levels])
         return [
-            values[start:stop].view(self.batch, 1, height, width)
-            for (start, stop), (height, width) in zip(self.levels, self.shapes, strict=True)
+            part.view(self.batch, 1, height, width) for part, (height, width) in zip(parts, self.shapes, strict=True)
         ]
 
     @property

@@ -15,31 +15,44 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_WORKSPACE_BYTES = 4 << 20
+_WORKSPACE_BYTES = 2 << 20
 
 
-def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, inverse: Tensor | None, neighbours: Tensor,
-    count: int,
-) -> Tensor:  # fmt: skip
-    """Rows of a 3x3 convolution.
+def taps(positions: Tensor, inverse: Tensor | None, neighbours: Tensor, count: int) -> Tensor:
+    """What the rows of a 3x3 convolution read.
 
     Args:
-        x: (R + 1, C) source rows, the last one zero.
-        weight: (O, C, 3, 3).
-        bias: (O,) or None.
         positions: int32 (capacity,), the position of every target row.
         inverse: int32 (P + 1,), the source row of every position, R where there is none; None where rows are the map.
         neighbours: int32 (P, 9), see `RowLayout.neighbours`.
         count: number of target rows.
 
     Returns:
+        int64 (count, 9) source rows (torch moves rows twice as fast by long indices).
+    """
+    index = neighbours.index_select(0, positions[:count])
+    if inverse is not None:
+        index = inverse.index_select(0, index.view(-1)).view(-1, 9)
+    return index.long()
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, capacity: int) -> Tensor:
+    """Rows of a 3x3 convolution.
+
+    Args:
+        x: (R + 1, C) source rows, the last one zero.
+        weight: (O, C, 3, 3).
+        bias: (O,) or None.
+        index: int64 (count, 9), see `taps`.
+        capacity: rows that there is room for.
+
+    Returns:
         (capacity + 1, O), the last row zero.
     """
-    out = x.new_empty(len(positions) + 1, len(weight))
+    out = x.new_empty(capacity + 1, len(weight))
     out[-1] = 0
     kernel = _matrix(weight).t()
-    for start, stop, patches, _ in _patches(x, positions, inverse, neighbours, count):
+    for start, stop, patches in _patches(x, index, _WORKSPACE_BYTES):
         if bias is None:
             torch.mm(patches, kernel, out=out[start:stop])
         else:
@@ -48,9 +61,8 @@ def conv(
 
 
 def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, positions: Tensor, inverse: Tensor | None, neighbours: Tensor,
-    count: int, needs: tuple[bool, bool], into: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, needs: tuple[bool, bool], into: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `conv` for its input and its weight, each where `needs` asks for it.
 
     Args:
@@ -69,7 +81,9 @@ def conv_backward(
     grad_kernel = weight.new_zeros(9 * channels, out_channels, dtype=sums) if needs[1] else None
     kernel = _matrix(weight)
     workspace: Tensor | None = None
-    for start, stop, patches, index in _patches(x, positions, inverse, neighbours, count):
+    # Two workspaces share the cache here; but every chunk also goes through the whole gradient of the weight.
+    most = min(max(3 * _WORKSPACE_BYTES // 4, 4 * weight.numel() * sums.itemsize), 4 * _WORKSPACE_BYTES)
+    for start, stop, patches in _patches(x, index, most):
         part = grad[start:stop]
         if grad_kernel is not None:
             if sums == x.dtype:
@@ -79,7 +93,7 @@ def conv_backward(
         if grad_x is not None:
             workspace = torch.empty_like(patches) if workspace is None else workspace
             rows = torch.mm(part, kernel, out=workspace[: stop - start]).view(-1, channels).to(sums)
-            grad_x.scatter_add_(0, index.long()[:, None].expand_as(rows), rows)  # in parallel, unlike index_add_
+            grad_x.scatter_add_(0, index[start:stop].view(-1, 1).expand_as(rows), rows)  # in parallel
     if grad_x is not None:
         grad_x[-1] = 0  # collected what fell outside
         grad_x = grad_x.to(x.dtype) if into is None or grad_x is into else into.add_(grad_x)
@@ -93,17 +107,13 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
-def _patches(
-    x: Tensor, positions: Tensor, inverse: Tensor | None, neighbours: Tensor, count: int
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Chunk by chunk: first and last + 1 row, patches (n, 9 C), and the source rows they came from (9 n,)."""
-    channels = x.shape[1]
-    most = max(64, _WORKSPACE_BYTES // (9 * channels * x.element_size()))
+def _patches(x: Tensor, index: Tensor, workspace_bytes: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Chunk by chunk: first and last + 1 row, and their patches (n, 9 C)."""
+    channels, count = x.shape[1], len(index)
+    most = max(64, workspace_bytes // (9 * channels * x.element_size()))
     workspace = x.new_empty(9 * min(most, count), channels)
     for start in range(0, count, most):
         stop = min(start + most, count)
-        index = neighbours.index_select(0, positions[start:stop]).view(-1)
-        index = index if inverse is None else inverse.index_select(0, index)
-        patches = workspace[: len(index)]
-        torch.index_select(x, 0, index, out=patches)
-        yield start, stop, patches.view(-1, 9 * channels), index
+        patches = workspace[: 9 * (stop - start)]
+        torch.index_select(x, 0, index[start:stop].view(-1), out=patches)
+        yield start, stop, patches.view(-1, 9 * channels)
