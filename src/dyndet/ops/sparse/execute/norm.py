@@ -1,8 +1,8 @@
 """GroupNorm of rows in plain torch, over the active rows of a segment or at each position by itself.
 
 Rows of a segment are consecutive and channels-last, so torch's own GroupNorm serves them as a (1, C, n, 1) map; equal
-neighbours (all of a level, when every position is active) go in one call. The statistics of a position span only
-C / groups values: thin matrix products take and spread them, far faster than reductions over so short rows.
+neighbours (all of a level, when every position is active) go in one call. The statistics of a position are those of a
+layer norm over the C / groups channels of each of its groups.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _write(values: Tensor, out: Tensor, relu: bool) -> None:
     """Copies, and clips at 0 in the same pass."""
     if relu and values.dtype == out.dtype:
         torch.clamp_min(values, 0, out=out)
-    else:
+    elif values is not out:
         out.copy_(values.relu_() if relu else values)
 
 
@@ -159,36 +159,32 @@ def _position_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: bool, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Writes the normalised (rows, C) to `out`; returns mean and 1 / deviation, (rows, groups)."""
-    xs = x.to(_wide(x))
-    average, spread = _group_matrices(x.shape[1], groups, xs)
-    mean = xs @ average
-    centred = torch.addmm(xs, mean, spread, alpha=-1)
-    rstd = ((centred * centred) @ average + eps).rsqrt()
-    _write(centred.mul_(rstd @ (spread * weight)).add_(bias), out, relu)
-    return mean, rstd
+    parts = _parts(x.to(_wide(x)), groups)
+    normal, mean, rstd = torch.native_layer_norm(parts, parts.shape[1:], None, None, eps)
+    scaled = torch.mul(normal.view(x.shape), weight.to(normal.dtype), out=out if out.dtype == normal.dtype else None)
+    _write(scaled.add_(bias.to(normal.dtype)), out, relu)
+    return mean.view(-1, groups), rstd.view(-1, groups)
 
 
 def _position_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Writes the gradient of x to `out`; returns those of weight and bias."""
-    xs, grads = x.to(mean.dtype), grad.to(mean.dtype)
-    average, spread = _group_matrices(x.shape[1], mean.shape[1], xs)
-    scale = rstd @ spread
-    normal = torch.addmm(xs, mean, spread, alpha=-1).mul_(scale)
-    of_normal = grads * normal
-    grad_weight, grad_bias = of_normal.sum(0), grads.sum(0)
-    scaled = grads * weight
-    inner = torch.addmm(scaled, scaled @ average, spread, alpha=-1)
-    inner.addcmul_(normal, (of_normal.mul_(weight) @ average) @ spread, value=-1)
-    out.copy_(inner.mul_(scale))
-    return grad_weight, grad_bias
+    groups = mean.shape[1]
+    parts, grads = _parts(x.to(mean.dtype), groups), grad.to(mean.dtype)
+    mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)
+    of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+        _parts(grads * weight.to(grads.dtype), groups), parts, parts.shape[1:], mean, rstd, None, None,
+        [True, False, False],
+    )  # fmt: skip
+    out.copy_(of_x.view(x.shape))
+    normal = (parts - mean).mul_(rstd).view(x.shape)
+    return normal.mul_(grads).sum(0), grads.sum(0)
 
 
-def _group_matrices(channels: int, groups: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(C, groups) that averages the channels of every group, and (groups, C) that gives each channel its group's."""
-    spread = torch.eye(groups, dtype=like.dtype, device=like.device).repeat_interleave(channels // groups, 1)
-    return spread.t() * (groups / channels), spread
+def _parts(x: Tensor, groups: int) -> Tensor:
+    """(rows, C) -> (rows x groups, C / groups)."""
+    return x.reshape(len(x) * groups, x.shape[1] // groups)
 
 
 def _wide(x: Tensor) -> torch.dtype:
