@@ -22,9 +22,9 @@ from dyndet.ops.sparse import (
     Stats,
     autocast_dtype,
     check_impl,
-    conv_work,
     make_plans,
     scale_rows,
+    scale_work,
     whole_plan,
 )
 from dyndet.structures import HeadOutput, PathGate, Routing, Work
@@ -128,14 +128,11 @@ class FineGrainedNode(nn.Module):
         paths = self.down.conv_norm, self.up.conv_norm
         (plan_down,) = self._plans(down, layout, layout.sending(1), (0,), sparse)
         (plan_up,) = self._plans(up, layout, layout.sending(-1), (0,), sparse)
+        plans = plan_down, plan_up
         s = scale_rows(
-            rows, self.output_weight, self.scale_weight, *paths, (down, up), (plan_down, plan_up), stats=self._stats,
-            impl=self.impl,
-        )  # fmt: skip
-        work = [
-            conv_work(rows, path.weight, target=plan, impl=self.impl)
-            for path, plan in zip(paths, (plan_down, plan_up), strict=True)
-        ]
+            rows, self.output_weight, self.scale_weight, *paths, (down, up), plans, stats=self._stats, impl=self.impl
+        )
+        work = scale_work(rows, *paths, plans, impl=self.impl)
         return s, work
 
     @property

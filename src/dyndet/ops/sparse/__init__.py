@@ -12,7 +12,7 @@ from dyndet.ops.sparse.logits import logit_rows
 from dyndet.ops.sparse.norm import norm_rows
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, make_plans, whole_plan
-from dyndet.ops.sparse.scale_step import scale_rows
+from dyndet.ops.sparse.scale_step import scale_rows, scale_work
 from dyndet.ops.sparse.scatter import scatter_rows
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "norm_rows",
     "place_rows",
     "scale_rows",
+    "scale_work",
     "scatter_rows",
     "whole_plan",
 ]

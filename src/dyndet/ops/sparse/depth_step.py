@@ -41,10 +41,10 @@ def depth_rows(
         (P + 1, C), the last row zero.
     """
     if in_one_piece(x, impl):
-        dtype = autocast_dtype(x)
-        tensors = [value for part in (first, second) for value in (part.weight.to(dtype), part.scale, part.shift)]
+        x = x.to(autocast_dtype(x))
+        tensors = [value for part in (first, second) for value in (part.weight.to(x.dtype), part.scale, part.shift)]
         how = [how_to_convolve(impl, plan, x, first.weight) for plan in (inner, outer)]
-        return _DepthStep.apply(x.to(dtype), gate, *tensors, (first, second), (inner, outer), how, stats)
+        return _DepthStep.apply(x, gate, *tensors, (first, second), (inner, outer), how, stats)
     hidden = conv_norm_rows(
         x, first.weight, first.groups, first.scale, first.shift, source=whole_plan(inner.layout), target=inner,
         stats=stats, eps=first.eps, relu=True, impl=impl,
@@ -75,8 +75,8 @@ class _DepthStep(torch.autograd.Function):
             stats=stats, relu=True,
         )  # fmt: skip
         ctx.save_for_backward(
-            x, gate, w1, scale1, w2, scale2, conv1, hidden, mean1, rstd1, conv2, normal, mean2, rstd2, y, index1, index2,
-            positions,
+            x, gate, w1, scale1, w2, scale2, conv1, hidden, mean1, rstd1, conv2, normal, mean2, rstd2, y,
+            index1, index2, positions,
         )  # fmt: skip
         ctx.rest = first.groups, second.groups, inner, outer, stats
         return y

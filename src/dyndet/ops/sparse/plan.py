@@ -103,6 +103,8 @@ def make_plans(
         return [whole_plan(layout) for _ in reaches]
     if torch.compiler.is_compiling():
         return [_static_plan(active, layout, expected) for active in _active(gate, layout, valid, reaches)]
+    if valid is None and bool((gate > 0).all()):
+        return [whole_plan(layout) for _ in reaches]
     return [_exact_plan(active, layout) for active in _active(gate, layout, valid, reaches)]
 
 

@@ -5,12 +5,13 @@ s = own * x + weight * (resampled g_down * norm(down * x) of the finer level + g
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dyndet.ops.sparse.conv import conv_rows
+from dyndet.ops.sparse.conv import conv_rows, conv_work
 from dyndet.ops.sparse.conv_norm import ConvNorm
 from dyndet.ops.sparse.direct import autocast_dtype, in_one_piece
 from dyndet.ops.sparse.exchange import exchange_rows
@@ -19,6 +20,7 @@ from dyndet.ops.sparse.execute.send import Route, send, send_backward
 from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, whole_plan
+from dyndet.structures import Work
 
 
 def scale_rows(
@@ -42,13 +44,13 @@ def scale_rows(
         (P + 1, C), the last row zero.
     """
     if in_one_piece(x, impl):
-        dtype = autocast_dtype(x)
+        x = x.to(autocast_dtype(x))
         tensors = [
             value
             for part, gate in zip((down, up), gates, strict=True)
-            for value in (part.weight.to(dtype), part.bias, part.scale, part.shift, gate)
+            for value in (part.weight.to(x.dtype), _cast(part.bias, x), part.scale, part.shift, gate)
         ]
-        return _ScaleStep.apply(x.to(dtype), own, weight, *tensors, plans, (down, up), stats)
+        return _ScaleStep.apply(x, own, weight, *tensors, plans, (down, up), stats)
     layout = plans[0].layout
     down_rows, up_rows = (
         place_rows(
@@ -60,6 +62,26 @@ def scale_rows(
     return exchange_rows(x, down_rows, up_rows, own, weight, layout)
 
 
+def scale_work(x: Tensor, down: ConvNorm, up: ConvNorm, plans: tuple[Plan, Plan], *, impl: Impl = "auto") -> list[Work]:
+    """What `scale_rows` with these arguments computes."""
+    work = [conv_work(x, part.weight, target=plan, impl=impl) for part, plan in zip((down, up), plans, strict=True)]
+    if not in_one_piece(x, impl):
+        return work
+    routes = (_route(plan, step) for plan, step in zip(plans, _STEPS, strict=True))
+    return [replace(item, dense=route.computed) for item, route in zip(work, routes, strict=True)]
+
+
+_STEPS = (1, -1)
+
+
+def _route(plan: Plan, step: int) -> Route:
+    return Route(plan.layout, plan.positions, plan.offsets.tolist(), step)
+
+
+def _cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(like.dtype)
+
+
 class _ScaleStep(torch.autograd.Function):
     """Both directions in one piece; see `execute.send`."""
 
@@ -69,16 +91,16 @@ class _ScaleStep(torch.autograd.Function):
         saved = [x, own, weight]
         ctx.routes = []
         s = x * own.to(x.dtype)
-        for first, step, plan, part in zip((0, 5), (1, -1), plans, parts, strict=True):
+        for first, step, plan, part in zip((0, 5), _STEPS, plans, parts, strict=True):
             conv, bias, scale, shift, gate = tensors[first : first + 5]
-            route = Route(plan.layout, plan.positions, plan.offsets.tolist(), step)
+            route = _route(plan, step)
             gate = gate if plan.whole else gate.index_select(0, plan.positions)
             states = send(
                 x, conv, bias, scale, shift, gate, route, groups=part.groups, eps=part.eps, stats=ctx.stats,
                 offsets=plan.offsets, into=s, factor=float(weight),
             )  # fmt: skip
             saved += [conv, scale, gate, plan.offsets, *states]
-            ctx.routes.append((route, part.groups))
+            ctx.routes.append((route, part.groups, bias is not None))
         ctx.save_for_backward(*saved)
         return s
 
@@ -90,9 +112,9 @@ class _ScaleStep(torch.autograd.Function):
         of_own = torch.dot(grad[:-1].view(-1), x[:-1].reshape(-1)).to(own.dtype).view(1)
         of_weight = torch.zeros_like(weight)
         of_parts = []
-        for first, (route, groups) in zip((0, 8), ctx.routes, strict=True):
+        for first, (route, groups, biased) in zip((0, 8), ctx.routes, strict=True):
             conv, scale, gate, offsets, rows, normal, mean, rstd = saved[first : first + 8]
-            *of_part, of_gate, of_factor = send_backward(
+            of_conv, of_bias, of_scale, of_shift, of_gate, of_factor = send_backward(
                 grad, x, conv, scale, gate, rows, normal, mean, rstd, route, groups=groups, stats=ctx.stats,
                 offsets=offsets, into=into, factor=float(weight),
             )  # fmt: skip
@@ -100,5 +122,5 @@ class _ScaleStep(torch.autograd.Function):
             positions = route.layout.positions
             if len(of_gate) < positions:
                 of_gate = of_gate.new_zeros(positions).index_copy_(0, route.positions.long(), of_gate)
-            of_parts += [*of_part, of_gate]
+            of_parts += [of_conv, of_bias if biased else None, of_scale, of_shift, of_gate]
         return into, of_own, of_weight, *of_parts, None, None, None

@@ -33,6 +33,12 @@ class Route:
     bounds: Sequence[int]
     step: int
 
+    @property
+    def computed(self) -> int:
+        """Positions that the convolution computes: all of every level with rows and a receiver."""
+        bounds = self.layout.levels
+        return sum(bounds[level][1] - bounds[level][0] for level, _, _ in self.levels())
+
     def levels(self) -> Iterator[tuple[int, slice, Tensor | None]]:
         """Every level with rows and a receiver: its index, its rows, their indices in the level; None for all."""
         batch = self.layout.batch
@@ -44,7 +50,7 @@ class Route:
 
 
 def send(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, route: Route, *,
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, gate: Tensor, route: Route, *,
     groups: int, eps: float, stats: Stats, offsets: Tensor, into: Tensor, factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Adds `factor` times what arrives to `into`.
@@ -52,7 +58,7 @@ def send(
     Args:
         x: (P + 1, C) rows of the map.
         weight: (C, 1, 3, 3).
-        bias: (C,).
+        bias: (C,) or None.
         scale: (C,) of the norm.
         shift: (C,) of the norm.
         gate: (capacity,) of the rows.
