@@ -1,7 +1,7 @@
 """Sparse 3x3 convolution blocks on the rows of a pyramid: plan -> convolve -> normalise -> place."""
 
 from dyndet.ops.sparse.conv import conv_rows, conv_work
-from dyndet.ops.sparse.conv_norm import ConvNorm, conv_norm_rows
+from dyndet.ops.sparse.conv_norm import conv_norm_rows
 from dyndet.ops.sparse.depth_step import depth_rows
 from dyndet.ops.sparse.direct import autocast_dtype
 from dyndet.ops.sparse.exchange import exchange_rows
@@ -10,6 +10,7 @@ from dyndet.ops.sparse.impl import IMPLS, Impl, check_impl, choose
 from dyndet.ops.sparse.layout import RowLayout
 from dyndet.ops.sparse.logits import logit_rows
 from dyndet.ops.sparse.norm import norm_rows
+from dyndet.ops.sparse.parameters import ConvNorm
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, make_plans, whole_plan
 from dyndet.ops.sparse.scale_step import scale_rows, scale_work

@@ -6,10 +6,10 @@ backward pass will follow, where statistics span positions, and on the CPU these
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyndet.ops.sparse.conv import conv_rows, how_to_convolve
 from dyndet.ops.sparse.direct import autocast_dtype
@@ -18,30 +18,6 @@ from dyndet.ops.sparse.execute.norm import Stats
 from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.norm import norm_rows
 from dyndet.ops.sparse.plan import Plan
-
-
-class ConvNorm(NamedTuple):
-    """Parameters of a 3x3 convolution and the GroupNorm behind it.
-
-    Attributes:
-        weight: (O, C, 3, 3), or (C, 1, 3, 3) for a depthwise convolution.
-        bias: (O,) of the convolution or None.
-        scale: (O,) of the norm.
-        shift: (O,) of the norm.
-        groups: divides O.
-        eps: added to the variance.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: Tensor
-    shift: Tensor
-    groups: int
-    eps: float
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d, norm: nn.GroupNorm) -> ConvNorm:
-        return cls(conv.weight, conv.bias, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 def conv_norm_rows(

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dyndet.ops.sparse.conv import conv_rows, how_to_convolve
-from dyndet.ops.sparse.conv_norm import ConvNorm, conv_norm_rows
+from dyndet.ops.sparse.conv_norm import conv_norm_rows
 from dyndet.ops.sparse.direct import autocast_dtype, in_one_piece
 from dyndet.ops.sparse.execute import dense, gather
 from dyndet.ops.sparse.execute.norm import Stats, norm, norm_backward
 from dyndet.ops.sparse.execute.place import place, place_backward
 from dyndet.ops.sparse.impl import Impl
+from dyndet.ops.sparse.parameters import ConvNorm
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, whole_plan
 
@@ -42,7 +43,7 @@ def depth_rows(
     """
     if in_one_piece(x, impl):
         x = x.to(autocast_dtype(x))
-        tensors = [value for part in (first, second) for value in (part.weight.to(x.dtype), part.scale, part.shift)]
+        tensors = [value for part in (first, second) for value in (part.to(x.dtype).weight, part.scale, part.shift)]
         how = [how_to_convolve(impl, plan, x, first.weight) for plan in (inner, outer)]
         return _DepthStep.apply(x, gate, *tensors, (first, second), (inner, outer), how, stats)
     hidden = conv_norm_rows(

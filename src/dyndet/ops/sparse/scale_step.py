@@ -6,18 +6,19 @@ s = own * x + weight * (resampled g_down * norm(down * x) of the finer level + g
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyndet.ops.sparse.conv import conv_rows, conv_work
-from dyndet.ops.sparse.conv_norm import ConvNorm
 from dyndet.ops.sparse.direct import autocast_dtype, in_one_piece
 from dyndet.ops.sparse.exchange import exchange_rows
 from dyndet.ops.sparse.execute.norm import Stats
-from dyndet.ops.sparse.execute.send import Route, send, send_backward
+from dyndet.ops.sparse.execute.send import send, send_backward, shipments
 from dyndet.ops.sparse.impl import Impl
+from dyndet.ops.sparse.parameters import ConvNorm
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, whole_plan
 from dyndet.structures import Work
@@ -45,12 +46,9 @@ def scale_rows(
     """
     if in_one_piece(x, impl):
         x = x.to(autocast_dtype(x))
-        tensors = [
-            value
-            for part, gate in zip((down, up), gates, strict=True)
-            for value in (part.weight.to(x.dtype), _cast(part.bias, x), part.scale, part.shift, gate)
-        ]
-        return _ScaleStep.apply(x, own, weight, *tensors, plans, (down, up), stats)
+        parts = down.to(x.dtype), up.to(x.dtype)
+        tensors = [value for part, gate in zip(parts, gates, strict=True) for value in (*part[:4], gate)]
+        return _ScaleStep.apply(x, own, weight, *tensors, plans, parts, stats)
     layout = plans[0].layout
     down_rows, up_rows = (
         place_rows(
@@ -67,19 +65,15 @@ def scale_work(x: Tensor, down: ConvNorm, up: ConvNorm, plans: tuple[Plan, Plan]
     work = [conv_work(x, part.weight, target=plan, impl=impl) for part, plan in zip((down, up), plans, strict=True)]
     if not in_one_piece(x, impl):
         return work
-    routes = (_route(plan, step) for plan, step in zip(plans, _STEPS, strict=True))
-    return [replace(item, dense=route.computed) for item, route in zip(work, routes, strict=True)]
+    layout = plans[0].layout
+    sizes = [stop - start for start, stop in layout.levels]
+    computed = [
+        sum(sizes[item.level] for item in shipments(plan, step)) for plan, step in zip(plans, _STEPS, strict=True)
+    ]
+    return [replace(item, dense=positions) for item, positions in zip(work, computed, strict=True)]
 
 
-_STEPS = (1, -1)
-
-
-def _route(plan: Plan, step: int) -> Route:
-    return Route(plan.layout, plan.positions, plan.offsets.tolist(), step)
-
-
-def _cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(like.dtype)
+_STEPS = (1, -1)  # down goes to the next level, up to the one before
 
 
 class _ScaleStep(torch.autograd.Function):
@@ -88,39 +82,49 @@ class _ScaleStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, own: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         *tensors, plans, parts, ctx.stats = rest
-        saved = [x, own, weight]
-        ctx.routes = []
         s = x * own.to(x.dtype)
+        maps, sums = plans[0].layout.maps(x), plans[0].layout.maps(s)
+        saved, states = [x, own, weight], []
+        ctx.directions = []
         for first, step, plan, part in zip((0, 5), _STEPS, plans, parts, strict=True):
             conv, bias, scale, shift, gate = tensors[first : first + 5]
-            route = _route(plan, step)
-            gate = gate if plan.whole else gate.index_select(0, plan.positions)
-            states = send(
-                x, conv, bias, scale, shift, gate, route, groups=part.groups, eps=part.eps, stats=ctx.stats,
-                offsets=plan.offsets, into=s, factor=float(weight),
-            )  # fmt: skip
-            saved += [conv, scale, gate, plan.offsets, *states]
-            ctx.routes.append((route, part.groups, bias is not None))
-        ctx.save_for_backward(*saved)
+            path = ConvNorm(conv, bias, scale, shift, part.groups, part.eps)
+            opened = gate if plan.whole else gate.index_select(0, plan.positions)
+            saved += [conv, bias, scale, shift, opened]
+            sent = shipments(plan, step)
+            for item in sent:
+                states += send(maps, path, opened[item.rows], item, sums, float(weight), ctx.stats)
+            ctx.directions.append((plan, sent, part.groups, part.eps))
+        ctx.save_for_backward(*saved, *states)
         return s
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, own, weight, *saved = ctx.saved_tensors
+        states = iter(saved[10:])
         grad = grads[0].contiguous()
-        into = grad * own.to(x.dtype)
+        of_x = grad * own.to(x.dtype)
         of_own = torch.dot(grad[:-1].view(-1), x[:-1].reshape(-1)).to(own.dtype).view(1)
         of_weight = torch.zeros_like(weight)
-        of_parts = []
-        for first, (route, groups, biased) in zip((0, 8), ctx.routes, strict=True):
-            conv, scale, gate, offsets, rows, normal, mean, rstd = saved[first : first + 8]
-            of_conv, of_bias, of_scale, of_shift, of_gate, of_factor = send_backward(
-                grad, x, conv, scale, gate, rows, normal, mean, rstd, route, groups=groups, stats=ctx.stats,
-                offsets=offsets, into=into, factor=float(weight),
-            )  # fmt: skip
-            of_weight += of_factor
-            positions = route.layout.positions
-            if len(of_gate) < positions:
-                of_gate = of_gate.new_zeros(positions).index_copy_(0, route.positions.long(), of_gate)
-            of_parts += [of_conv, of_bias if biased else None, of_scale, of_shift, of_gate]
-        return into, of_own, of_weight, *of_parts, None, None, None
+        layout = ctx.directions[0][0].layout
+        maps, sums, grad_maps = layout.maps(x), layout.maps(of_x), layout.maps(grad)
+        of_parts: list[Tensor | None] = []
+        for first, (plan, sent, groups, eps) in zip((0, 5), ctx.directions, strict=True):
+            conv, bias, scale, shift, opened = saved[first : first + 5]
+            path = ConvNorm(conv, bias, scale, shift, groups, eps)
+            of_values = [None if value is None else torch.zeros_like(value) for value in path[:4]]
+            of_opened = torch.zeros_like(opened)
+            for item in sent:
+                *of_path, of_gate, of_factor = send_backward(
+                    grad_maps, maps, path, opened[item.rows], item, list(islice(states, 4)), sums, float(weight),
+                    ctx.stats,
+                )  # fmt: skip
+                for total, value in zip(of_values, of_path, strict=True):
+                    if total is not None:
+                        total += value
+                of_opened[item.rows] = of_gate
+                of_weight += of_factor
+            if not plan.whole:
+                of_opened = of_opened.new_zeros(layout.positions).index_copy_(0, plan.positions.long(), of_opened)
+            of_parts += [*of_values, of_opened]
+        return of_x, of_own, of_weight, *of_parts, None, None, None

@@ -37,17 +37,12 @@ def norm(
         (rows, groups).
     """
     bounds = offsets.tolist()
-    count = bounds[-1]
     out = torch.empty_like(x)
     out[-1] = 0
-    if stats == "position":
-        mean, rstd = _position_norm(x[:count], weight, bias, groups, eps, relu, out[:count])
-    else:
-        mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, relu, out)
-        if _far(mean, rstd):
-            pivots = _pivots(x, bounds, groups)
-            mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, relu, out, pivots)
-            mean += pivots.mean(2)
+    count = bounds[-1]
+    _, mean, rstd = normalise(
+        x[:count], weight, bias, bounds, groups=groups, eps=eps, stats=stats, relu=relu, out=out[:count]
+    )
     return out, mean, rstd
 
 
@@ -61,9 +56,34 @@ def norm_backward(
     grad = grad[:count] if y is None else torch.ops.aten.threshold_backward(grad[:count], y[:count], 0)
     grad_x = torch.empty_like(x)
     grad_x[-1] = 0
+    _, grad_weight, grad_bias = normalise_backward(
+        grad, x[:count], weight, mean, rstd, bounds, groups=groups, stats=stats, out=grad_x[:count]
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+def normalise(
+    x: Tensor, weight: Tensor, bias: Tensor, bounds: Sequence[int], *, groups: int, eps: float, stats: Stats,
+    relu: bool = False, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`norm` of (rows, C) without a row for zero, written to `out` where there is one; `bounds` are the offsets."""
     if stats == "position":
-        grad_weight, grad_bias = _position_backward(grad, x[:count], weight, mean, rstd, grad_x[:count])
-        return grad_x, grad_weight, grad_bias
+        return _position_norm(x, weight, bias, groups, eps, relu, out)
+    y, mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, relu, out)
+    if _far(mean, rstd):
+        pivots = _pivots(x, bounds, groups)
+        y, mean, rstd = _segment_norm(x, weight, bias, bounds, groups, eps, relu, out, pivots)
+        mean = mean + pivots.mean(2)
+    return y, mean, rstd
+
+
+def normalise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bounds: Sequence[int], *, groups: int,
+    stats: Stats, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `normalise` for x, written to `out` where there is one, weight and bias."""
+    if stats == "position":
+        return _position_backward(grad, x, weight, mean, rstd, out)
     pivots = None
     if _far(mean, rstd):
         pivots = _pivots(x, bounds, groups)
@@ -72,41 +92,47 @@ def norm_backward(
     scale, _ = _affine(x, weight, weight)
     mean, rstd = mean.to(scale.dtype), rstd.to(scale.dtype)
     of_affine: list[list[Tensor]] = [[], []]
-    for (first, number, _, _), part, of_part, into in zip(
-        runs, _maps(x, runs), _maps(grad, runs), _maps(grad_x, runs), strict=True
-    ):
-        images, channels, length, _ = part.shape
+    out = torch.empty_like(x) if out is None and len(runs) != 1 else out
+    for (first, number, start, length), part, of_part in zip(runs, _maps(x, runs), _maps(grad, runs), strict=True):
         segments = slice(first, first + number)
         if pivots is not None:
-            part = part - pivots[segments].view(number, channels, 1, 1)
+            part = part - pivots[segments].view(number, -1, 1, 1)
         of_x, *of_both = torch.ops.aten.native_group_norm_backward(
-            of_part, part, mean[segments], rstd[segments], scale, images, channels, length, groups, [True] * 3
+            of_part, part, mean[segments], rstd[segments], scale, number, x.shape[1], length, groups, [True] * 3
         )
-        into.copy_(of_x)
+        of_x = _rows(of_x)
+        if out is None:
+            out = of_x
+        else:
+            out[start : start + len(of_x)] = of_x
         for parts, value in zip(of_affine, of_both, strict=True):
             parts.append(value)
     grad_weight, grad_bias = (torch.stack(parts).sum(0) if parts else torch.zeros_like(weight) for parts in of_affine)
-    return grad_x, grad_weight, grad_bias
+    return torch.empty_like(x) if out is None else out, grad_weight, grad_bias
 
 
 def _segment_norm(
     x: Tensor, weight: Tensor, bias: Tensor, bounds: Sequence[int], groups: int, eps: float, relu: bool,
-    out: Tensor, pivots: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Writes the normalised rows of every segment to `out`; returns mean (without pivot) and 1 / deviation."""
+    out: Tensor | None, pivots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The normalised rows of every segment, mean (without pivot) and 1 / deviation."""
     runs = _runs(bounds)
     affine = _affine(x, weight, bias)
     mean, rstd = x.new_zeros(2, len(bounds) - 1, groups, dtype=_wide(x)).unbind()
-    for (first, number, _, _), part, into in zip(runs, _maps(x, runs), _maps(out, runs), strict=True):
-        images, channels, length, _ = part.shape
+    out = torch.empty_like(x) if out is None and len(runs) != 1 else out
+    for (first, number, start, length), part in zip(runs, _maps(x, runs), strict=True):
         segments = slice(first, first + number)
         if pivots is not None:
-            part = part - pivots[segments].view(number, channels, 1, 1)
+            part = part - pivots[segments].view(number, -1, 1, 1)
         y, mean[segments], rstd[segments] = torch.native_group_norm(
-            part, *affine, images, channels, length, groups, eps
+            part, *affine, number, x.shape[1], length, groups, eps
         )
-        _write(y, into, relu)
-    return mean, rstd.clone()
+        y = _rows(y)
+        if out is None:
+            out = y.relu_() if relu else y
+        else:
+            _write(y, out[start : start + len(y)], relu)
+    return torch.empty_like(x) if out is None else out, mean, rstd.clone()
 
 
 def _write(values: Tensor, out: Tensor, relu: bool) -> None:
@@ -148,28 +174,41 @@ def _runs(bounds: Sequence[int]) -> list[Run]:
 def _maps(rows: Tensor, runs: Sequence[Run]) -> list[Tensor]:
     """Every run as a channels-last (segments, C, n, 1) view."""
     rows = rows.contiguous()
-    channels = rows.shape[1]
+    channels, start = rows.shape[1], rows.storage_offset()
     return [
-        rows.as_strided((number, channels, length, 1), (length * channels, 1, channels, channels), start * channels)
-        for _, number, start, length in runs
+        rows.as_strided(
+            (number, channels, length, 1), (length * channels, 1, channels, channels), start + first * channels
+        )
+        for _, number, first, length in runs
     ]
 
 
+def _rows(maps: Tensor) -> Tensor:
+    """(segments, C, n, 1) -> (rows, C), a view when channels-last."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
 def _position_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: bool, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Writes the normalised (rows, C) to `out`; returns mean and 1 / deviation, (rows, groups)."""
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised (rows, C), mean and 1 / deviation, (rows, groups)."""
     parts = _parts(x.to(_wide(x)), groups)
     normal, mean, rstd = torch.native_layer_norm(parts, parts.shape[1:], None, None, eps)
-    scaled = torch.mul(normal.view(x.shape), weight.to(normal.dtype), out=out if out.dtype == normal.dtype else None)
-    _write(scaled.add_(bias.to(normal.dtype)), out, relu)
-    return mean.view(-1, groups), rstd.view(-1, groups)
+    normal = normal.view(x.shape)
+    into = normal if out is None or out.dtype != normal.dtype else out
+    torch.mul(normal, weight.to(normal.dtype), out=into).add_(bias.to(normal.dtype))
+    into = into.relu_() if relu else into
+    if out is None:
+        out = into.to(x.dtype)
+    elif out is not into:
+        out.copy_(into)
+    return out, mean.view(-1, groups), rstd.view(-1, groups)
 
 
 def _position_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Writes the gradient of x to `out`; returns those of weight and bias."""
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
     groups = mean.shape[1]
     parts, grads = _parts(x.to(mean.dtype), groups), grad.to(mean.dtype)
     mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)
@@ -177,9 +216,9 @@ def _position_backward(
         _parts(grads * weight.to(grads.dtype), groups), parts, parts.shape[1:], mean, rstd, None, None,
         [True, False, False],
     )  # fmt: skip
-    out.copy_(of_x.view(x.shape))
+    of_x = of_x.view(x.shape).to(x.dtype)
     normal = (parts - mean).mul_(rstd).view(x.shape)
-    return normal.mul_(grads).sum(0), grads.sum(0)
+    return of_x if out is None else out.copy_(of_x), normal.mul_(grads).sum(0), grads.sum(0)
 
 
 def _parts(x: Tensor, groups: int) -> Tensor:

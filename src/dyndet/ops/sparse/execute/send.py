@@ -6,135 +6,118 @@ spend more time on passes over memory than on multiply-adds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyndet.ops.sparse.execute.norm import Stats, norm, norm_backward
-from dyndet.ops.sparse.layout import RowLayout
+from dyndet.ops.sparse.execute.norm import Stats, normalise, normalise_backward
+from dyndet.ops.sparse.parameters import ConvNorm
+from dyndet.ops.sparse.plan import Plan
 
 
 @dataclass(frozen=True)
-class Route:
-    """Where rows of a plan are sent.
+class Shipment:
+    """What one level sends.
 
     Attributes:
-        layout: of the map.
-        positions: int32 (capacity,), see `Plan`.
-        bounds: first row of every segment, then the number of rows.
-        step: what a level's index and its receiver's differ by.
+        level: the sender.
+        receiver: the level that gets it.
+        rows: its rows in the plan.
+        index: int64 (n,), their places among the positions of the level; None where they are all of them.
+        bounds: first row of every image, then their number.
     """
 
-    layout: RowLayout
-    positions: Tensor
-    bounds: Sequence[int]
-    step: int
+    level: int
+    receiver: int
+    rows: slice
+    index: Tensor | None
+    bounds: list[int]
 
-    @property
-    def computed(self) -> int:
-        """Positions that the convolution computes: all of every level with rows and a receiver."""
-        bounds = self.layout.levels
-        return sum(bounds[level][1] - bounds[level][0] for level, _, _ in self.levels())
 
-    def levels(self) -> Iterator[tuple[int, slice, Tensor | None]]:
-        """Every level with rows and a receiver: its index, its rows, their indices in the level; None for all."""
-        batch = self.layout.batch
-        for level, (start, stop) in enumerate(self.layout.levels):
-            rows = slice(self.bounds[level * batch], self.bounds[(level + 1) * batch])
-            number = rows.stop - rows.start
-            if number and 0 <= level + self.step < len(self.layout.shapes):
-                yield level, rows, None if number == stop - start else self.positions[rows] - start
+def shipments(plan: Plan, step: int) -> list[Shipment]:
+    """Of every level that has rows in the plan and a receiver, `step` levels on."""
+    layout, offsets = plan.layout, plan.offsets.tolist()
+    found = []
+    for level, (start, stop) in enumerate(layout.levels):
+        bounds = offsets[level * layout.batch : (level + 1) * layout.batch + 1]
+        rows = slice(bounds[0], bounds[-1])
+        number = rows.stop - rows.start
+        if number and 0 <= level + step < len(layout.shapes):
+            index = None if number == stop - start else plan.positions[rows].long() - start
+            found.append(Shipment(level, level + step, rows, index, [bound - rows.start for bound in bounds]))
+    return found
 
 
 def send(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, gate: Tensor, route: Route, *,
-    groups: int, eps: float, stats: Stats, offsets: Tensor, into: Tensor, factor: float,
+    maps: Sequence[Tensor], path: ConvNorm, gate: Tensor, shipment: Shipment, sums: Sequence[Tensor], factor: float,
+    stats: Stats,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Adds `factor` times what arrives to `into`.
+    """Adds `factor` times what arrives to the receiver.
 
     Args:
-        x: (P + 1, C) rows of the map.
-        weight: (C, 1, 3, 3).
-        bias: (C,) or None.
-        scale: (C,) of the norm.
-        shift: (C,) of the norm.
-        gate: (capacity,) of the rows.
-        route: from where to where.
-        groups: of the norm.
-        eps: of the norm.
-        stats: of the norm.
-        offsets: int32 (S + 1,), see `Plan`.
-        into: (P + 1, C).
+        maps: L x (B, C, H, W), the inputs of all levels.
+        path: depthwise convolution and norm.
+        gate: (n,) of the rows.
+        shipment: from where to where.
+        sums: L x (B, C, H, W), what the receiver's is added to in place.
         factor: weight of what arrives.
+        stats: of the norm.
 
     Returns:
-        (capacity + 1, C) rows of the convolution and normalised, mean and 1 / deviation.
+        (n, C) rows of the convolution and normalised, mean and 1 / deviation.
     """
-    layout = route.layout
-    maps, received = layout.maps(x), layout.maps(into)
-    rows = x.new_zeros(len(route.positions) + 1, x.shape[1])
-    for level, place, index in route.levels():
-        dense = F.conv2d(maps[level], weight, bias, padding=1, groups=x.shape[1])
-        _take(dense, index, rows[place])
-    normal, mean, rstd = norm(rows, scale, shift, offsets, groups=groups, eps=eps, stats=stats, relu=False)
-    gated = normal[:-1] * gate[:, None].to(x.dtype)
-    for level, place, index in route.levels():
-        target = received[level + route.step]
-        sent = _put(gated[place], index, maps[level])
-        target.add_(torch.ops.aten.upsample_bilinear2d(sent, list(target.shape[-2:]), True), alpha=factor)
+    x, target = maps[shipment.level], sums[shipment.receiver]
+    rows = _take(F.conv2d(x, path.weight, path.bias, padding=1, groups=x.shape[1]), shipment.index)
+    normal, mean, rstd = normalise(
+        rows, path.scale, path.shift, shipment.bounds, groups=path.groups, eps=path.eps, stats=stats
+    )
+    sent = _put(normal * gate[:, None].to(x.dtype), shipment.index, x)
+    target.add_(torch.ops.aten.upsample_bilinear2d(sent, list(target.shape[-2:]), True), alpha=factor)
     return rows, normal, mean, rstd
 
 
 def send_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, gate: Tensor, rows: Tensor, normal: Tensor, mean: Tensor,
-    rstd: Tensor, route: Route, *, groups: int, stats: Stats, offsets: Tensor, into: Tensor, factor: float,
+    grads: Sequence[Tensor], maps: Sequence[Tensor], path: ConvNorm, gate: Tensor, shipment: Shipment,
+    states: Sequence[Tensor], sums: Sequence[Tensor], factor: float, stats: Stats,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `send`; that of `x` is added to `into`.
+    """Gradients of `send`; that of the sender's map is added to its `sums` in place.
+
+    Args:
+        grads: L x (B, C, H, W), of the sums.
+        states: what `send` returned.
 
     Returns:
-        Gradients of weight, bias, scale, shift, gate (capacity,) and factor.
+        Gradients of weight, bias, scale, shift, gate (n,) and factor.
     """
-    layout, channels = route.layout, x.shape[1]
-    maps, sums, grads = layout.maps(x), layout.maps(into), layout.maps(grad)
-    part = x.new_zeros(rows.shape)
-    for level, place, index in route.levels():
-        received = grads[level + route.step]
-        of_sent = torch.ops.aten.upsample_bilinear2d_backward(
-            received, list(received.shape[-2:]), list(maps[level].shape), True
-        )
-        _take(of_sent, index, part[place])
-    of_gate = (part[:-1] * normal[:-1]).sum(1, dtype=gate.dtype)
-    of_factor = torch.dot(of_gate, gate)
-    part[:-1] *= (gate * factor)[:, None].to(x.dtype)
-    of_rows, of_scale, of_shift = norm_backward(
-        part, rows, None, scale, mean, rstd, offsets, groups=groups, stats=stats
-    )
-    of_weight = torch.zeros_like(weight)
-    for level, place, index in route.levels():
-        of_map, of_taps, _ = torch.ops.aten.convolution_backward(
-            _put(of_rows[place], index, maps[level]), maps[level], weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0],
-            channels, [True, True, False],
-        )  # fmt: skip
-        sums[level].add_(of_map)
-        of_weight += of_taps
-    return of_weight, of_rows[:-1].sum(0), of_scale, of_shift, of_gate * factor, of_factor
+    rows, normal, mean, rstd = states
+    x, grad = maps[shipment.level], grads[shipment.receiver]
+    of_sent = torch.ops.aten.upsample_bilinear2d_backward(grad, list(grad.shape[-2:]), list(x.shape), True)
+    part = _take(of_sent, shipment.index)
+    of_gate = (part * normal).sum(1, dtype=gate.dtype)
+    of_rows, of_scale, of_shift = normalise_backward(
+        part * (gate * factor)[:, None].to(x.dtype), rows, path.scale, mean, rstd, shipment.bounds,
+        groups=path.groups, stats=stats,
+    )  # fmt: skip
+    of_map, of_weight, _ = torch.ops.aten.convolution_backward(
+        _put(of_rows, shipment.index, x), x, path.weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], x.shape[1],
+        [True, True, False],
+    )  # fmt: skip
+    sums[shipment.level].add_(of_map)
+    return of_weight, of_rows.sum(0), of_scale, of_shift, of_gate * factor, torch.dot(of_gate, gate)
 
 
-def _take(level: Tensor, index: Tensor | None, out: Tensor) -> None:
-    """(B, C, H, W) at the indices, (n, C)."""
+def _take(level: Tensor, index: Tensor | None) -> Tensor:
+    """(B, C, H, W) -> the rows (n, C) at the indices."""
     rows = level.permute(0, 2, 3, 1).reshape(-1, level.shape[1])
-    if index is None:
-        out.copy_(rows)
-    else:
-        torch.index_select(rows, 0, index, out=out)
+    return rows if index is None else rows.index_select(0, index)
 
 
 def _put(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
     """Rows at their places in a map of `like`'s size, zero elsewhere."""
     batch, channels, height, width = like.shape
     if index is not None:
-        rows = rows.new_zeros(batch * height * width, channels).index_copy_(0, index.long(), rows)
+        rows = rows.new_zeros(batch * height * width, channels).index_copy_(0, index, rows)
     return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
