@@ -81,8 +81,8 @@ def conv_backward(
     grad_kernel = weight.new_zeros(9 * channels, out_channels, dtype=sums) if needs[1] else None
     kernel = _matrix(weight)
     workspace: Tensor | None = None
-    # Two workspaces share the cache here; but every chunk also goes through the whole gradient of the weight.
-    most = min(max(3 * _WORKSPACE_BYTES // 4, 4 * weight.numel() * sums.itemsize), 4 * _WORKSPACE_BYTES)
+    # Every chunk goes through the whole gradient of the weight: the larger that is, the fewer chunks.
+    most = min(max(_WORKSPACE_BYTES, 4 * weight.numel() * sums.itemsize), 4 * _WORKSPACE_BYTES)
     for start, stop, patches in _patches(x, index, most):
         part = grad[start:stop]
         if grad_kernel is not None:
