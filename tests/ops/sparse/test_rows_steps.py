@@ -125,3 +125,6 @@ def test_levels_without_a_receiver_or_rows_are_not_computed() -> None:
     nothing, few = (make_plans(coarsest, scene.layout, valid=scene.layout.sending(step))[0] for step in (1, -1))
     down, up = (float(item.executed()) for item in scale_work(scene.rows, *paths, (nothing, few)))  # type: ignore[misc]
     assert (down, up) == (0, each * 4)
+    whole = whole_plan(scene.layout)
+    for item, positions in zip(scale_work(scene.rows, *paths, (whole, whole)), (30 + 12, 12 + 4), strict=True):  # type: ignore[misc]
+        assert float(item.asked()) == float(item.executed()) == each * positions

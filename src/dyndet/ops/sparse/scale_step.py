@@ -65,12 +65,13 @@ def scale_work(x: Tensor, down: ConvNorm, up: ConvNorm, plans: tuple[Plan, Plan]
     work = [conv_work(x, part.weight, target=plan, impl=impl) for part, plan in zip((down, up), plans, strict=True)]
     if not in_one_piece(x, impl):
         return work
-    layout = plans[0].layout
-    sizes = [stop - start for start, stop in layout.levels]
-    computed = [
-        sum(sizes[item.level] for item in shipments(plan, step)) for plan, step in zip(plans, _STEPS, strict=True)
-    ]
-    return [replace(item, dense=positions) for item, positions in zip(work, computed, strict=True)]
+    bounds = plans[0].layout.levels
+    exact = []
+    for item, plan, step in zip(work, plans, _STEPS, strict=True):
+        sent = shipments(plan, step)
+        rows = sum(shipment.rows.stop - shipment.rows.start for shipment in sent)
+        exact.append(replace(item, rows=rows, dense=sum(bounds[x.level][1] - bounds[x.level][0] for x in sent)))
+    return exact
 
 
 _STEPS = (1, -1)  # down goes to the next level, up to the one before
