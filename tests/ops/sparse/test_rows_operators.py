@@ -20,6 +20,7 @@ from dyndet.ops.sparse import (
     place_rows,
     whole_plan,
 )
+from dyndet.ops.sparse.execute import logits as execute_logits
 
 SHAPES = ((5, 4), (3, 2))
 
@@ -93,8 +94,11 @@ def test_logit_rows(kernel: int) -> None:
     torch.library.opcheck(torch.ops.dyndet.logit_rows.default, arguments, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("way", ["by_level", "by_index"])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_logits_against_torch(kernel: int) -> None:
+def test_logits_against_torch(kernel: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for both in ("by_level", "by_level_backward"):  # what the CPU takes; a GPU takes the other
+        monkeypatch.setattr(execute_logits, both, getattr(execute_logits, both.replace("by_level", way)))
     torch.manual_seed(0)
     maps = [torch.randn(2, 3, *shape, dtype=torch.float64) for shape in SHAPES]
     layout = RowLayout.of(maps)

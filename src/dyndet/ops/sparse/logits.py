@@ -1,23 +1,15 @@
-"""Convolution of the map to very few channels, differentiable: the logits of gates.
-
-A convolution to one or two channels starves on small vectors. Here a matrix product takes all taps at every position,
-and each position then adds up what its neighbours hold for it:
-
-    logits[o, p] = sum over taps t of  products[o, t, neighbour t of p],    products = W x
-
-That is `fold` of a level's products, with the taps turned round; the gradient is `unfold`.
-"""
+"""Convolution of the map to very few channels, differentiable: the logits of gates."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyndet.ops.sparse.direct import autocast_dtype, direct
+from dyndet.ops.sparse.execute import logits as execute
 from dyndet.ops.sparse.layout import RowLayout, from_sizes
 
 
@@ -37,17 +29,8 @@ def logit_rows(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> Tensor:
-    layout = from_sizes(sizes, batch, x.device)
-    outputs, kernel = len(weight), weight.shape[-1]
-    matrix = _matrix(weight)
-    logits = x.new_empty(outputs, layout.positions, dtype=_wide(x))
-    for (start, stop), shape in zip(layout.levels, layout.shapes, strict=True):
-        products = matrix @ x[start:stop].view(batch, -1, x.shape[1]).mT
-        if kernel > 1:
-            columns = products.to(logits.dtype).view(1, -1, shape[0] * shape[1])
-            products = F.fold(columns, shape, kernel, padding=kernel // 2)
-        logits[:, start:stop].view(outputs, batch, -1).copy_(products.view(batch, outputs, -1).transpose(0, 1))
-    return logits
+    run = execute.by_index if x.is_cuda else execute.by_level
+    return run(x, weight, from_sizes(sizes, batch, x.device))
 
 
 _registered = torch.library.custom_op("dyndet::logit_rows", _forward, mutates_args=())
@@ -55,27 +38,13 @@ _registered = torch.library.custom_op("dyndet::logit_rows", _forward, mutates_ar
 
 @_registered.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(len(weight), len(x) - 1, dtype=_wide(x))
+    return x.new_empty(len(weight), len(x) - 1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight."""
-    layout = from_sizes(sizes, batch, x.device)
-    outputs, channels, kernel, _ = weight.shape
-    matrix = _matrix(weight)
-    grad_x = torch.empty_like(x)
-    grad_x[-1] = 0
-    of_matrix = torch.zeros_like(matrix, dtype=grad.dtype)
-    for (start, stop), shape in zip(layout.levels, layout.shapes, strict=True):
-        of_maps = grad[:, start:stop].view(outputs, batch, -1).transpose(0, 1)
-        if kernel > 1:
-            of_maps = F.unfold(of_maps.reshape(1, -1, *shape), kernel, padding=kernel // 2)
-        of_products = of_maps.to(x.dtype).reshape(batch, len(matrix), -1)
-        maps = x[start:stop].view(batch, -1, channels)
-        torch.bmm(of_products.mT, matrix.expand(batch, -1, -1), out=grad_x[start:stop].view(maps.shape))
-        of_matrix += torch.bmm(of_products, maps).sum(0)
-    of_weight = of_matrix.view(outputs, kernel, kernel, channels).flip(1, 2).permute(0, 3, 1, 2)
-    return grad_x, of_weight.to(weight.dtype).contiguous()
+    run = execute.by_index_backward if x.is_cuda else execute.by_level_backward
+    return run(grad, x, weight, from_sizes(sizes, batch, x.device))
 
 
 _registered_gradient = torch.library.custom_op("dyndet::logit_rows_backward", _gradient, mutates_args=())
@@ -98,15 +67,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _registered.register_autograd(_backward, setup_context=_setup)
 _logit_rows = direct(_registered, _forward, _setup, _backward)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """(O, C, k, k) -> (O k k, C), taps turned round: what a neighbour gives goes the other way."""
-    return weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, weight.shape[1])
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 @register_flop_formula(torch.ops.dyndet.logit_rows)
