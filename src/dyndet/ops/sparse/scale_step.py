@@ -16,7 +16,7 @@ from dyndet.ops.sparse.conv import conv_rows, conv_work
 from dyndet.ops.sparse.direct import autocast_dtype, in_one_piece
 from dyndet.ops.sparse.exchange import exchange_rows
 from dyndet.ops.sparse.execute.norm import Stats
-from dyndet.ops.sparse.execute.send import send, send_backward, shipments
+from dyndet.ops.sparse.execute.send import Shipment, send, send_backward
 from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.parameters import ConvNorm
 from dyndet.ops.sparse.place import place_rows
@@ -68,13 +68,27 @@ def scale_work(x: Tensor, down: ConvNorm, up: ConvNorm, plans: tuple[Plan, Plan]
     bounds = plans[0].layout.levels
     exact = []
     for item, plan, step in zip(work, plans, _STEPS, strict=True):
-        sent = shipments(plan, step)
+        sent = _shipments(plan, step)
         rows = sum(shipment.rows.stop - shipment.rows.start for shipment in sent)
         exact.append(replace(item, rows=rows, dense=sum(bounds[x.level][1] - bounds[x.level][0] for x in sent)))
     return exact
 
 
 _STEPS = (1, -1)  # down goes to the next level, up to the one before
+
+
+def _shipments(plan: Plan, step: int) -> list[Shipment]:
+    """Of every level that has rows in the plan and a receiver, `step` levels on."""
+    layout, offsets = plan.layout, plan.offsets.tolist()
+    found = []
+    for level, (start, stop) in enumerate(layout.levels):
+        bounds = offsets[level * layout.batch : (level + 1) * layout.batch + 1]
+        rows = slice(bounds[0], bounds[-1])
+        number = rows.stop - rows.start
+        if number and 0 <= level + step < len(layout.shapes):
+            index = None if number == stop - start else plan.positions[rows].long() - start
+            found.append(Shipment(level, level + step, rows, index, [bound - rows.start for bound in bounds]))
+    return found
 
 
 class _ScaleStep(torch.autograd.Function):
@@ -92,7 +106,7 @@ class _ScaleStep(torch.autograd.Function):
             path = ConvNorm(conv, bias, scale, shift, part.groups, part.eps)
             opened = gate if plan.whole else gate.index_select(0, plan.positions)
             saved += [conv, bias, scale, shift, opened]
-            sent = shipments(plan, step)
+            sent = _shipments(plan, step)
             for item in sent:
                 states += send(maps, path, opened[item.rows], item, sums, float(weight), ctx.stats)
             ctx.directions.append((plan, sent, part.groups, part.eps))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dyndet.ops.sparse.execute.norm import Stats, normalise, normalise_backward
 from dyndet.ops.sparse.parameters import ConvNorm
-from dyndet.ops.sparse.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -35,20 +34,6 @@ class Shipment:
     rows: slice
     index: Tensor | None
     bounds: list[int]
-
-
-def shipments(plan: Plan, step: int) -> list[Shipment]:
-    """Of every level that has rows in the plan and a receiver, `step` levels on."""
-    layout, offsets = plan.layout, plan.offsets.tolist()
-    found = []
-    for level, (start, stop) in enumerate(layout.levels):
-        bounds = offsets[level * layout.batch : (level + 1) * layout.batch + 1]
-        rows = slice(bounds[0], bounds[-1])
-        number = rows.stop - rows.start
-        if number and 0 <= level + step < len(layout.shapes):
-            index = None if number == stop - start else plan.positions[rows].long() - start
-            found.append(Shipment(level, level + step, rows, index, [bound - rows.start for bound in bounds]))
-    return found
 
 
 def send(
