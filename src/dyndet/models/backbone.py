@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyndet.errors import UserError
+from dyndet.models.deformable import deform_stages
+from dyndet.models.swin import ANY_SIZE, is_swin, pad_windows
 from dyndet.models.weights import load_backbone_weights
 
 
@@ -33,9 +36,14 @@ class TimmBackbone(nn.Module):
         norm: batch norm layers: "train" as usual; "eval" keeps the running statistics and trains scale and shift;
             "frozen" keeps both.
         stride_in_1x1: move a bottleneck's stride from the 3x3 to the first 1x1 convolution (the MSRA/Caffe ResNets).
+        deformable_stages: stages of a ResNet or ResNeXt, 2 to 5 for c2 to c5, whose 3x3 convolutions are modulated
+            deformable ones (DCN v2). Weight files need not hold their offset convolutions, which start at zero.
+        drop_path: stochastic depth: the rate of the last block, growing linearly from 0 at the first.
+        output_norm: a layer norm over the channels of every returned map (as detectors use Swin).
 
     Raises:
-        UserError: on a model that timm does not know, a stride it does not have, or weights that do not fit.
+        UserError: on a model that timm does not know, a stride or a part that it does not have, or weights that do not
+            fit.
     """
 
     def __init__(
@@ -47,23 +55,31 @@ class TimmBackbone(nn.Module):
         frozen_stages: int = 0,
         norm: Literal["train", "eval", "frozen"] = "frozen",
         stride_in_1x1: bool = False,
+        deformable_stages: Sequence[int] = (),
+        drop_path: float = 0.0,
+        output_norm: bool = False,
     ) -> None:
         super().__init__()
         if norm not in ("train", "eval", "frozen"):
             raise ValueError(f"norm must be train, eval or frozen, got {norm!r}")
-        available = _feature_strides(name)
+        shell, options = _shell(name, drop_path)
+        available: list[int] = list(shell.feature_info.reduction())
         missing = [stride for stride in strides if stride not in available]
         if missing:
             raise UserError(f"backbone {name} has strides {available}, not {missing}: set backbone.strides")
         indices = tuple(available.index(stride) for stride in strides)
-        self.body = _create(name, features_only=True, out_indices=indices, pretrained=str(weights) == "timm")
+        self.body = _create(name, out_indices=indices, pretrained=str(weights) == "timm", **options)
         info: Any = self.body.feature_info
         self.channels: list[int] = list(info.channels())
         self.strides: list[int] = list(strides)
         self.channels_last = "NHWC" in str(getattr(self.body, "output_fmt", ""))  # Swin
         self.norm = norm
+        self.divisor = max(strides) if _drops_borders(shell) else 1
+        if is_swin(self.body):
+            pad_windows(self.body)
         if stride_in_1x1:
             _move_strides(self.body)
+        deform_stages(self.body, deformable_stages)
         if str(weights) not in ("none", "timm"):
             load_backbone_weights(self.body, Path(weights))
         self.frozen = _leading_modules(self.body, frozen_stages)
@@ -72,11 +88,20 @@ class TimmBackbone(nn.Module):
         if norm == "frozen":
             for layer in self._norms():
                 layer.requires_grad_(False)
+        self.output_norm = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if output_norm else None
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised images -> L x (B, C_l, ceil(H / stride_l), ceil(W / stride_l))."""
+        height, width = images.shape[-2:]
+        if self.divisor > 1:
+            images = F.pad(images, (0, -width % self.divisor, 0, -height % self.divisor))
         maps = list(self.body(images))
-        return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last else maps
+        if self.output_norm is not None:
+            maps = maps if self.channels_last else [x.permute(0, 2, 3, 1) for x in maps]
+            maps = [norm(x) for norm, x in zip(self.output_norm, maps, strict=True)]
+        if self.output_norm is not None or self.channels_last:
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        return [x[..., : -(-height // s), : -(-width // s)] for x, s in zip(maps, self.strides, strict=True)]
 
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)
@@ -93,7 +118,7 @@ class TimmBackbone(nn.Module):
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
     try:
-        return timm.create_model(name, **kwargs)
+        return timm.create_model(name, features_only=True, **kwargs)
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise UserError(
@@ -109,11 +134,26 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         ) from error
 
 
-def _feature_strides(name: str) -> list[int]:
+def _shell(name: str, drop_path: float) -> tuple[Any, dict[str, Any]]:
+    """The model without weights, and what timm is to be asked for besides its name."""
+    options: dict[str, Any] = {"drop_path_rate": drop_path}
     with torch.device("meta"):
-        model = _create(name, features_only=True, pretrained=False)
-    info: Any = model.feature_info
-    return list(info.reduction())
+        try:
+            shell = _create(name, pretrained=False, **options)
+        except TypeError as error:
+            if "drop_path_rate" not in str(error):
+                raise
+            if drop_path:
+                raise UserError(f"backbone {name} has no stochastic depth: set backbone.drop_path=0") from error
+            options = {}
+            shell = _create(name, pretrained=False)
+    return shell, options | (ANY_SIZE if is_swin(shell) else {})
+
+
+def _drops_borders(body: nn.Module) -> bool:
+    """Whether maps are smaller than ceil(side / stride): convolutions in patches leave out what fills no patch."""
+    patches = (layer.kernel_size == layer.stride != (1, 1) for layer in body.modules() if isinstance(layer, nn.Conv2d))
+    return any(patches) and not is_swin(body)
 
 
 def _move_strides(body: nn.Module) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dyndet.errors import UserError
+from dyndet.models.deformable import DeformConv
 
 _CLASSIFIER = ("classifier.", "fc.", "head.", "_fc.")
 
@@ -40,6 +41,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load_backbone_weights(body: nn.Module, path: Path) -> None:
     """Fills a timm `features_only` model; classifier weights are left over, anything else must match.
 
+    Only the offset convolutions of deformable stages may be missing from the file: ImageNet models have none.
+
     Raises:
         UserError: naming what is missing or left over.
     """
@@ -48,7 +51,12 @@ def load_backbone_weights(body: nn.Module, path: Path) -> None:
         weights = _from_efficientnet_lite(weights)
     weights = _as_features(weights, body)
     expected = body.state_dict()
-    missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
+    optional = [f"{name}.offset." for name, layer in body.named_modules() if isinstance(layer, DeformConv)]
+    missing = [
+        key
+        for key in expected
+        if key not in weights and not key.endswith("num_batches_tracked") and not key.startswith(tuple(optional))
+    ]
     wrong = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
     if missing or wrong:
         raise UserError(
