@@ -48,9 +48,10 @@ def detector_from(saved: Checkpoint, *, impl: str | None = None) -> DenseDetecto
     config = saved.config.copy()
     config.backbone.weights = "none"
     if impl is not None:
-        if "impl" not in config.head:
+        head = config.head.get("towers") or config.head  # of a chain, the towers route
+        if "impl" not in head:
             raise UserError(f"impl={impl}: the head of {config.name} has no sparse operations")
-        config.head.impl = impl
+        head.impl = impl
     detector: DenseDetector = build(config.detector)
     detector.load_state_dict(saved.weights)
     if config.channels_last:  # as in training, so that the numbers are the same to the last bit

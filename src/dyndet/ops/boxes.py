@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,16 @@ def iou_log_loss(predicted: Tensor, wanted: Tensor, eps: float = 1e-6) -> Tensor
     areas = (predicted[:, 2:] - predicted[:, :2]).prod(1) + (wanted[:, 2:] - wanted[:, :2]).prod(1)
     iou = overlap / (areas - overlap).clamp(min=eps)
     return -iou.clamp(min=eps).log()
+
+
+def paired_iou(first: Tensor, second: Tensor) -> Tensor:
+    """(..., 4) boxes that broadcast -> (...) IoU of each pair; 0 where neither has an area."""
+    corner = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    overlap = corner.clamp(min=0).prod(-1)
+    union = (first[..., 2:] - first[..., :2]).prod(-1) + (second[..., 2:] - second[..., :2]).prod(-1) - overlap
+    return torch.where(union > 0, overlap / union, 0.0)
+
+
+def chunks_of(boxes: Tensor, partners: int, limit: int = 4_000_000) -> Iterator[Tensor]:
+    """Rows of `boxes` in chunks, so that a chunk x `partners` matrix stays below `limit` entries."""
+    return iter(boxes.split(max(1, limit // max(partners, 1)))) if len(boxes) else iter(())

@@ -36,7 +36,9 @@ def mac_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flops})
 
 
-def _deform_conv_flops(inputs: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+def _deform_conv_flops(
+    inputs: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
+) -> int:
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 

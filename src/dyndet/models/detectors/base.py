@@ -87,7 +87,7 @@ class Detector(nn.Module, ABC):
 
         Args:
             pixels: (B, 3, H, W) network input, already preprocessed.
-            head: False leaves the head out; its input takes the place of its output.
+            head: False leaves out what the head routes; its input takes the place of its output.
         """
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images, Predictor, RawMaps
+from dyndet.models.heads.chain import HeadChain
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.preprocess import Preprocess
 from dyndet.ops.grid import valid_masks
@@ -99,8 +100,10 @@ class DenseDetector(Detector):
             ("predictor", self.predictor),
         ):
             if name == "head" and not head:
-                value = HeadOutput(value, value)
-                continue
+                if not isinstance(part, HeadChain):
+                    value = HeadOutput(value, value)
+                    continue
+                part = part.attention  # nothing is routed before the towers
             results: list[Any] = []
 
             def run(part: Callable[[Any], Any] = part, value: Any = value, results: list[Any] = results) -> None:

@@ -18,12 +18,13 @@ class PlainHead(nn.Module):
         channels: C of the pyramid.
         num_convs: convolutions per tower (4 in the papers).
         norm_groups: groups of GroupNorm; 0 leaves the norm out (RetinaNet).
+        conv_bias: convolutions have a bias although a norm follows (not in mmdetection's ATSS and plain FCOS).
     """
 
-    def __init__(self, channels: int, *, num_convs: int = 4, norm_groups: int = 32) -> None:
+    def __init__(self, channels: int, *, num_convs: int = 4, norm_groups: int = 32, conv_bias: bool = True) -> None:
         super().__init__()
-        self.cls = _tower(channels, num_convs, norm_groups)
-        self.reg = _tower(channels, num_convs, norm_groups)
+        self.cls = _tower(channels, num_convs, norm_groups, conv_bias)
+        self.reg = _tower(channels, num_convs, norm_groups, conv_bias)
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
         """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes.
@@ -46,10 +47,10 @@ def _run(tower: nn.Sequential, x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else x * valid
 
 
-def _tower(channels: int, num_convs: int, norm_groups: int) -> nn.Sequential:
+def _tower(channels: int, num_convs: int, norm_groups: int, bias: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(num_convs):
-        layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+        layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         if norm_groups:
             layers.append(nn.GroupNorm(norm_groups, channels))
         layers.append(nn.ReLU())

@@ -42,11 +42,13 @@ class CenterSampling:
     Args:
         radius: half width of the central region in strides; None takes the whole box.
         base_range: largest distance that the finest level regresses, in pixels (64 for P3).
+        strict: a distance on the border of a range belongs to no level (detectron2) instead of to both.
     """
 
-    def __init__(self, *, radius: float | None = 1.5, base_range: int = 64) -> None:
+    def __init__(self, *, radius: float | None = 1.5, base_range: int = 64, strict: bool = False) -> None:
         self.radius = radius
         self.base_range = base_range
+        self.strict = strict
 
     def __call__(
         self, points: Sequence[Tensor], strides: Sequence[int], target: Target, num_classes: int
@@ -81,7 +83,8 @@ class CenterSampling:
             centre = (boxes[:, :2] + boxes[:, 2:]) / 2
             inside &= ((x - centre[:, 0]).abs() < radius) & ((y - centre[:, 1]).abs() < radius)
         farthest = ltrb.amax(2)
-        fits = inside & (farthest >= low) & (farthest <= high)
+        fits = (farthest > low) & (farthest < high) if self.strict else (farthest >= low) & (farthest <= high)
+        fits = fits & inside
         area = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).expand(len(flat), -1)
         smallest, match = area.masked_fill(~fits, torch.inf).min(1)
         labels = target.labels[match].masked_fill(smallest.isinf(), num_classes)

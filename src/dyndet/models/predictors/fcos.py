@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from dyndet.models.detectors.base import RawMaps
 from dyndet.models.heads.init import fill_bias, init_normal
 from dyndet.models.predictors.assign import CenterSampling
+from dyndet.models.predictors.maps import check_labels, flat, flat_levels, shapes_of
+from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.ops.boxes import boxes_from_ltrb, centerness_from_ltrb, iou_log_loss
 from dyndet.ops.distributed import reduce_mean
 from dyndet.ops.grid import level_points
-from dyndet.structures import Detections, HeadOutput, ImageBatch, Size, Target
-
-RawMaps = list[dict[str, Tensor]]
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Target
 
 
 class FCOS(nn.Module):
@@ -43,6 +44,11 @@ class FCOS(nn.Module):
         assigner: which box a point answers for; None is centre sampling with radius 1.5.
         box_loss: "giou", or "iou" for -log(IoU).
         box_normaliser_min: floor of the summed centerness that divides the box loss (1 published, 1e-6 elsewhere).
+        kernel: of the last convolutions.
+        level_scales: box maps are multiplied by one learnable number per level (not in detectron2).
+        box_weighting: the box loss is weighted by "centerness" and divided by its sum, or "uniform" and divided like
+            the others (detectron2).
+        normaliser: divisor of classification and centerness loss; None takes "total".
         score: final score is "sqrt" sqrt(cls * centerness), as published, or "product".
         postprocess: threshold, top-k and NMS; None takes 0.05, 1000 per level, 0.6, 100.
         ignore_padding: leave points on padding out of losses and detections (the published code keeps them).
@@ -62,6 +68,10 @@ class FCOS(nn.Module):
         assigner: CenterSampling | None = None,
         box_loss: Literal["giou", "iou"] = "giou",
         box_normaliser_min: float = 1.0,
+        kernel: int = 3,
+        level_scales: bool = True,
+        box_weighting: Literal["centerness", "uniform"] = "centerness",
+        normaliser: Normaliser | None = None,
         score: Literal["sqrt", "product"] = "sqrt",
         postprocess: Postprocess | None = None,
         ignore_padding: bool = True,
@@ -71,17 +81,18 @@ class FCOS(nn.Module):
             ("centerness_on", centerness_on, ("reg", "cls")),
             ("box_activation", box_activation, ("relu", "exp")),
             ("box_loss", box_loss, ("giou", "iou")),
+            ("box_weighting", box_weighting, ("centerness", "uniform")),
             ("score", score, ("sqrt", "product")),
         ):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
-        self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
-        self.box = nn.Conv2d(channels, 4, 3, padding=1)
-        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        self.cls = nn.Conv2d(channels, num_classes, kernel, padding=kernel // 2)
+        self.box = nn.Conv2d(channels, 4, kernel, padding=kernel // 2)
+        self.centerness = nn.Conv2d(channels, 1, kernel, padding=kernel // 2)
         init_normal(self)
         fill_bias(self.cls, -math.log((1 - prior) / prior))
         fill_bias(self.box, initial_distance)
-        self.scales = nn.Parameter(torch.ones(len(strides)))
+        self.scales = nn.Parameter(torch.ones(len(strides))) if level_scales else None
         self.strides = list(strides)
         self.num_classes = num_classes
         self.centerness_on = centerness_on
@@ -90,6 +101,8 @@ class FCOS(nn.Module):
         self.assigner = assigner or CenterSampling()
         self.box_loss = box_loss
         self.box_normaliser_min = box_normaliser_min
+        self.box_weighting = box_weighting
+        self.normaliser = normaliser or Normaliser("total")
         self.score = score
         self.postprocess = postprocess or Postprocess()
         self.ignore_padding = ignore_padding
@@ -98,7 +111,9 @@ class FCOS(nn.Module):
         """Per level `cls` (B, K, H, W) logits, `box` (B, 4, H, W) unactivated, `centerness` (B, 1, H, W) logits."""
         maps = []
         for level, (cls, reg) in enumerate(zip(head.cls, head.reg, strict=True)):
-            box = self.box(reg) * self.scales[level]
+            box = self.box(reg)
+            if self.scales is not None:
+                box = box * self.scales[level]
             centerness = self.centerness(reg if self.centerness_on == "reg" else cls)
             maps.append({"cls": self.cls(cls), "box": box, "centerness": centerness})
         return maps
@@ -116,26 +131,22 @@ class FCOS(nn.Module):
         Raises:
             ValueError: if a label is not in 0..K-1.
         """
-        seen = torch.cat([target.labels for target in targets])
-        if len(seen) and not 0 <= int(seen.min()) <= int(seen.max()) < self.num_classes:
-            raise ValueError(
-                f"labels must lie in 0..{self.num_classes - 1} (num_classes={self.num_classes}), but reach from "
-                f"{int(seen.min())} to {int(seen.max())}"
-            )
+        check_labels(targets, self.num_classes)
         points = self._points(raw)
         assigned = [self.assigner(points, self.strides, target, self.num_classes) for target in targets]
         labels = torch.stack([item.labels for item in assigned])
-        cls = torch.cat([_flat(level["cls"]) for level in raw], 1)
-        box = torch.cat([_flat(level["box"]) for level in raw], 1)
-        centerness = torch.cat([_flat(level["centerness"]) for level in raw], 1)[..., 0]
+        cls = flat_levels(raw, "cls", self.num_classes)
+        box = flat_levels(raw, "box", 4)
+        centerness = flat_levels(raw, "centerness", 1)[..., 0]
         counts = torch.ones_like(labels, dtype=torch.bool)
         if valid is not None and self.ignore_padding:
             counts = torch.cat([mask.flatten(1) for mask in valid], 1)
         positive = (labels < self.num_classes) & counts
-        num_positive = reduce_mean(positive.sum().float()).clamp(min=1)
+        divisor = self.normaliser(positive.sum(1))
 
         wanted = F.one_hot(labels, self.num_classes + 1)[..., :-1].float()
-        loss_cls = (sigmoid_focal_loss(cls, wanted, alpha=0.25, gamma=2.0) * counts[..., None]).sum() / num_positive
+        each = sigmoid_focal_loss(cls, wanted, alpha=0.25, gamma=2.0).sum(-1)
+        loss_cls = ((each * counts).sum(1) / divisor).sum()
 
         stride = torch.cat([p.new_full((len(p),), s) for p, s in zip(points, self.strides, strict=True)])
         stride = stride.expand_as(labels)[positive][:, None]
@@ -146,9 +157,14 @@ class FCOS(nn.Module):
         origin = torch.zeros_like(ltrb[:, :2])
         pair = boxes_from_ltrb(origin, predicted), boxes_from_ltrb(origin, ltrb)
         each = generalized_box_iou_loss(*pair) if self.box_loss == "giou" else iou_log_loss(*pair)
-        loss_box = (each * ideal).sum() / reduce_mean(ideal.sum()).clamp(min=self.box_normaliser_min)
-        loss_centerness = F.binary_cross_entropy_with_logits(centerness[positive], ideal, reduction="sum")
-        return {"cls": loss_cls, "box": loss_box, "centerness": loss_centerness / num_positive}
+        share = divisor[:, None].expand_as(labels)[positive]
+        if self.box_weighting == "uniform":
+            loss_box = (each / share).sum()
+        else:
+            total = reduce_mean(ideal.sum()).clamp(min=self.box_normaliser_min)
+            loss_box = (each * ideal).sum() / total
+        quality = F.binary_cross_entropy_with_logits(centerness[positive], ideal, reduction="none")
+        return {"cls": loss_cls, "box": loss_box, "centerness": (quality / share).sum()}
 
     def detections(self, raw: RawMaps, images: ImageBatch, valid: Sequence[Tensor] | None = None) -> list[Detections]:
         """Detections per image, in pixels of the original images.
@@ -161,12 +177,12 @@ class FCOS(nn.Module):
         points = self._points(raw)
         levels = []
         for index, (level, stride, where) in enumerate(zip(raw, self.strides, points, strict=True)):
-            probabilities = _flat(level["cls"]).sigmoid()
+            probabilities = flat(level["cls"], self.num_classes).sigmoid()
             if valid is not None and self.ignore_padding:
                 probabilities = probabilities * valid[index].flatten(2).transpose(1, 2)
-            quality = _flat(level["centerness"]).sigmoid()
+            quality = flat(level["centerness"], 1).sigmoid()
             scores = probabilities * quality
-            ltrb = self._distances(_flat(level["box"]), torch.tensor(float(stride)))
+            ltrb = self._distances(flat(level["box"], 4), torch.tensor(float(stride)))
             boxes = boxes_from_ltrb(where, ltrb)
             levels.append((probabilities, scores.sqrt() if self.score == "sqrt" else scores, boxes))
         return self.postprocess(levels, images)
@@ -176,14 +192,8 @@ class FCOS(nn.Module):
         return F.relu(box) * stride.to(box) if self.box_activation == "relu" else box.exp()
 
     def _points(self, raw: RawMaps) -> list[Tensor]:
-        shapes: list[Size] = [(level["cls"].shape[-2], level["cls"].shape[-1]) for level in raw]
         device = raw[0]["cls"].device
         return [
             level_points(shape, stride, self.point_offset, device)
-            for shape, stride in zip(shapes, self.strides, strict=True)
+            for shape, stride in zip(shapes_of(raw), self.strides, strict=True)
         ]
-
-
-def _flat(maps: Tensor) -> Tensor:
-    """(B, D, H, W) -> float32 (B, H*W, D)."""
-    return maps.flatten(2).transpose(1, 2).float()

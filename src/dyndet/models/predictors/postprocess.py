@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ class Postprocess:
         topk: candidates per level.
         iou_threshold: boxes of one class that overlap a better one by more are dropped.
         max_detections: per image.
+        rank: the `topk` of a level are the best by "probability" of the class, or by final "score" among those above
+            the threshold.
+        clip: "before" NMS boxes are cut to the image, or "after" it.
     """
 
     def __init__(
@@ -28,11 +32,19 @@ class Postprocess:
         topk: int = 1000,
         iou_threshold: float = 0.6,
         max_detections: int = 100,
+        rank: Literal["probability", "score"] = "probability",
+        clip: Literal["before", "after"] = "before",
     ) -> None:
+        if rank not in ("probability", "score"):
+            raise ValueError(f"rank must be 'probability' or 'score', got {rank!r}")
+        if clip not in ("before", "after"):
+            raise ValueError(f"clip must be 'before' or 'after', got {clip!r}")
         self.score_threshold = score_threshold
         self.topk = topk
         self.iou_threshold = iou_threshold
         self.max_detections = max_detections
+        self.rank = rank
+        self.clip = clip
 
     def __call__(self, levels: Sequence[tuple[Tensor, Tensor, Tensor]], images: ImageBatch) -> list[Detections]:
         """Finishes a batch.
@@ -50,19 +62,30 @@ class Postprocess:
     def _image(self, levels: Sequence[tuple[Tensor, Tensor, Tensor]], images: ImageBatch, index: int) -> Detections:
         boxes, scores, labels = [], [], []
         for probabilities, finals, places in levels:
-            chosen, order = probabilities[index].flatten().topk(min(self.topk, probabilities[index].numel()))
-            order = order[chosen > self.score_threshold]
+            probability, final = probabilities[index].flatten(), finals[index].flatten()
+            ranking = probability if self.rank == "probability" else final.where(probability > self.score_threshold, -1)
+            order = ranking.topk(min(self.topk, len(ranking)))[1]
+            order = order[probability[order] > self.score_threshold]
             num_classes = probabilities.shape[-1]
             boxes.append(places[index][order // num_classes])
-            scores.append(finals[index].flatten()[order])
+            scores.append(final[order])
             labels.append(order % num_classes)
         height, width = images.sizes[index].tolist()
         limit = levels[0][2].new_tensor([width, height, width, height])
-        clipped = torch.minimum(torch.cat(boxes).clamp(min=0), limit)
-        score, label = torch.cat(scores), torch.cat(labels)
-        solid = ((clipped[:, 2:] - clipped[:, :2]) > 0).all(1)
-        clipped, score, label = clipped[solid], score[solid], label[solid]
-        keep = batched_nms(clipped, score, label, self.iou_threshold)[: self.max_detections]
+        box, score, label = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+        if self.clip == "before":
+            box, score, label = _clip(box, score, label, limit)
+        # batched_nms keeps classes apart by shifting them, which needs boxes that start at 0.
+        keep = batched_nms(box - box.amin().clamp(max=0) if len(box) else box, score, label, self.iou_threshold)
+        keep = keep[: self.max_detections]
+        box, score, label = _clip(box[keep], score[keep], label[keep], limit)
         original_height, original_width = images.original_sizes[index].tolist()
         ratio = limit.new_tensor([original_width / width, original_height / height]).repeat(2)
-        return Detections(clipped[keep] * ratio, score[keep], label[keep])
+        return Detections(box * ratio, score, label)
+
+
+def _clip(boxes: Tensor, scores: Tensor, labels: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes cut to the image; those outside it are dropped."""
+    clipped = torch.minimum(boxes.clamp(min=0), limit)
+    solid = ((clipped[:, 2:] - clipped[:, :2]) > 0).all(1)
+    return clipped[solid], scores[solid], labels[solid]

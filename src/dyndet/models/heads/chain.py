@@ -1,0 +1,37 @@
+"""Attention first, then any other head: DyHead before plain or fine-grained towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from dyndet.models.detectors.base import Head
+from dyndet.structures import HeadOutput
+
+
+class HeadChain(nn.Module):
+    """Two heads in a row.
+
+    Args:
+        channels: C of the pyramid, given to both.
+        attention: called with `channels`: a head whose two outputs are the same maps, such as `DyHead`.
+        towers: called with `channels`: the head that reads them; its routing is the chain's.
+    """
+
+    attention: Head
+    towers: Head
+
+    def __init__(self, channels: int, *, attention: Callable[..., Head], towers: Callable[..., Head]) -> None:
+        super().__init__()
+        self.attention = attention(channels=channels)
+        self.towers = towers(channels=channels)
+
+    def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
+        """L x (B, C, H, W) -> what the towers make of the attended maps."""
+        return self.towers(self.attention(features, valid).cls, valid)
+
+
+def routed_part(head: Head) -> Head:
+    """The part that may route: of a chain its towers, otherwise the head itself."""
+    return head.towers if isinstance(head, HeadChain) else head

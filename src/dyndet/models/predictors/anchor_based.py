@@ -1,0 +1,139 @@
+"""What ATSS, RetinaNet and FreeAnchor share: anchors, the last convolutions, and the way back to boxes.
+
+Legend: B images, K classes, A anchors per position, P anchors of all levels.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dyndet.models.detectors.base import RawMaps
+from dyndet.models.heads.init import init_normal
+from dyndet.models.predictors.anchors import AnchorGrid, BoxCoder
+from dyndet.models.predictors.maps import flat, last_conv, shapes_of, widened
+from dyndet.models.predictors.postprocess import Postprocess
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Target
+
+
+class AnchorPredictor(nn.Module, ABC):
+    """A classification and a box convolution over the anchors of every position.
+
+    Args:
+        channels: C of the features.
+        strides: per level.
+        num_classes: K.
+        anchors: shapes at every position.
+        coder: how boxes are written.
+        kernel: of the convolutions, 3 or 1.
+        separable: they are depthwise-separable (EfficientDet).
+        prior: probability at which classification starts.
+        postprocess: threshold, top-k and NMS.
+        ignore_padding: leave anchors on padding out of losses and detections.
+        valid_divisor: with `ignore_padding` off, losses still leave out what lies beyond the image's size rounded up to
+            a multiple of this (mmdetection, whose detections may lie there); None keeps everything (detectron2).
+
+    Raises:
+        ValueError: on a kernel that is neither 3 nor 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        *,
+        num_classes: int,
+        anchors: AnchorGrid,
+        coder: BoxCoder,
+        kernel: int,
+        separable: bool,
+        prior: float,
+        postprocess: Postprocess,
+        ignore_padding: bool,
+        valid_divisor: int | None,
+    ) -> None:
+        super().__init__()
+        if kernel not in (1, 3):
+            raise ValueError(f"kernel must be 1 or 3, got {kernel}")
+        self.cls = last_conv(channels, anchors.per_position * num_classes, kernel, separable=separable)
+        self.box = last_conv(channels, anchors.per_position * 4, kernel, separable=separable)
+        init_normal(self)
+        start_at(self.cls, prior)
+        self.strides = list(strides)
+        self.num_classes = num_classes
+        self.anchors = anchors
+        self.coder = coder
+        self.postprocess = postprocess
+        self.ignore_padding = ignore_padding
+        self.valid_divisor = valid_divisor
+
+    def forward(self, head: HeadOutput) -> RawMaps:
+        """Per level `cls` (B, A*K, H, W) logits and `box` (B, A*4, H, W) deltas."""
+        return [{"cls": self.cls(cls), "box": self.box(reg)} for cls, reg in zip(head.cls, head.reg, strict=True)]
+
+    @abstractmethod
+    def losses(
+        self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Scalar losses by name, in float32.
+
+        Args:
+            raw: from `forward`.
+            targets: per image, without crowd.
+            valid: L x (B, 1, H, W) bool, False on padding.
+
+        Raises:
+            ValueError: if a label is not in 0..K-1.
+        """
+
+    def detections(self, raw: RawMaps, images: ImageBatch, valid: Sequence[Tensor] | None = None) -> list[Detections]:
+        """Detections per image, in pixels of the original images.
+
+        Args:
+            raw: from `forward`.
+            images: for the valid and the original sizes.
+            valid: L x (B, 1, H, W) bool, False on padding.
+        """
+        masks = self._per_anchor(valid) if valid is not None and self.ignore_padding else [None] * len(raw)
+        levels = []
+        for level, anchors, mask in zip(raw, self.level_anchors(raw), masks, strict=True):
+            probabilities = flat(level["cls"], self.num_classes).sigmoid()
+            if mask is not None:
+                probabilities = probabilities * mask[..., None]
+            boxes = self.coder.decode(anchors, flat(level["box"], 4))
+            levels.append((probabilities, self.final_scores(probabilities, level), boxes))
+        return self.postprocess(levels, images)
+
+    def final_scores(self, probabilities: Tensor, level: dict[str, Tensor]) -> Tensor:
+        """(B, P_l, K) scores of a level's anchors, from their class probabilities and its raw maps."""
+        return probabilities
+
+    def level_anchors(self, raw: RawMaps) -> list[Tensor]:
+        """Per level (P_l, 4), in pixels."""
+        device = raw[0]["cls"].device
+        return [self.anchors(shape, stride, device) for shape, stride in zip(shapes_of(raw), self.strides, strict=True)]
+
+    def trained_anchors(self, raw: RawMaps, valid: Sequence[Tensor] | None) -> Tensor | None:
+        """(B, P) bool, the anchors that losses see; None for all of them."""
+        if valid is None:
+            return None
+        if not self.ignore_padding:
+            if self.valid_divisor is None:
+                return None
+            valid = widened(valid, self.strides, self.valid_divisor)
+        return torch.cat(self._per_anchor(valid), 1)
+
+    def _per_anchor(self, valid: Sequence[Tensor]) -> list[Tensor]:
+        """Position masks -> per level (B, P_l) of the anchors there."""
+        return [mask.flatten(1).repeat_interleave(self.anchors.per_position, 1) for mask in valid]
+
+
+def start_at(conv: nn.Module, prior: float) -> None:
+    """Biases the last layer so that its sigmoid starts at `prior`."""
+    last = conv[-1] if isinstance(conv, nn.Sequential) else conv
+    if isinstance(last, nn.Conv2d) and last.bias is not None:
+        nn.init.constant_(last.bias, -math.log((1 - prior) / prior))

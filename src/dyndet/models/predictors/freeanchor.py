@@ -1,0 +1,142 @@
+"""The FreeAnchor predictor: RetinaNet's network, trained without assigning anchors.
+
+Source: Zhang et al., NeurIPS 2019, in the conventions of mmdetection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from dyndet.models.detectors.base import RawMaps
+from dyndet.models.predictors.anchor_based import AnchorPredictor
+from dyndet.models.predictors.anchors import AnchorGrid, BoxCoder
+from dyndet.models.predictors.maps import check_labels, flat_levels
+from dyndet.models.predictors.postprocess import Postprocess
+from dyndet.ops.boxes import chunks_of
+from dyndet.ops.distributed import reduce_mean
+from dyndet.structures import Target
+
+_EPS = 1e-12
+
+
+class FreeAnchor(AnchorPredictor):
+    """Every box picks from a bag of anchors by how well they classify and locate it, as one likelihood.
+
+    Args:
+        channels: C of the features.
+        strides: per level.
+        num_classes: K.
+        anchors: shapes at every position; None takes RetinaNet's nine.
+        prior: probability at which classification starts.
+        bag_size: anchors per box, those that overlap it most.
+        threshold: a predicted box that overlaps an object by more than this counts less as background, up to the one
+            that overlaps it most, which does not count at all.
+        alpha: weight of the positive bags; 1 - alpha that of the background.
+        gamma: of the background's focal loss.
+        beta: where the box loss turns from L2 to L1, in deltas.
+        box_weight: of the box loss inside the likelihood.
+        postprocess: None takes 0.05, 1000 per level, 0.5, 100.
+        ignore_padding: see `AnchorPredictor`; mmdetection keeps all anchors.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        *,
+        num_classes: int,
+        anchors: AnchorGrid | None = None,
+        prior: float = 0.01,
+        bag_size: int = 50,
+        threshold: float = 0.6,
+        alpha: float = 0.5,
+        gamma: float = 2.0,
+        beta: float = 0.11,
+        box_weight: float = 0.75,
+        postprocess: Postprocess | None = None,
+        ignore_padding: bool = True,
+    ) -> None:
+        super().__init__(
+            channels,
+            strides,
+            num_classes=num_classes,
+            anchors=anchors or AnchorGrid.octaves(),
+            coder=BoxCoder((0.1, 0.1, 0.2, 0.2)),
+            kernel=3,
+            separable=False,
+            prior=prior,
+            postprocess=postprocess or Postprocess(iou_threshold=0.5),
+            ignore_padding=ignore_padding,
+            valid_divisor=None,
+        )
+        self.bag_size = bag_size
+        self.threshold = threshold
+        self.alpha = alpha
+        self.gamma = gamma
+        self.beta = beta
+        self.box_weight = box_weight
+
+    def losses(
+        self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Scalar losses `positive` (bags) and `negative` (background); see `AnchorPredictor`."""
+        check_labels(targets, self.num_classes)
+        anchors = torch.cat(self.level_anchors(raw))
+        trained = self.trained_anchors(raw, valid)
+        cls, deltas = flat_levels(raw, "cls", self.num_classes), flat_levels(raw, "box", 4)
+        bags, background = [], []
+        for index, target in enumerate(targets):
+            counts = None if trained is None else trained[index]
+            bags.append(self._bags(cls[index], deltas[index], anchors, target, counts))
+            background.append(self._background(cls[index], deltas[index].detach(), anchors, target, counts))
+        objects = sum(len(target.boxes) for target in targets)
+        number = reduce_mean(torch.tensor(float(objects), device=cls.device))
+        positive = torch.cat(bags).sum() / number.clamp(min=1) + 0 * deltas.sum()  # box gradients in every batch
+        negative = torch.stack(background).sum() / (number * self.bag_size).clamp(min=1)
+        return {"positive": positive, "negative": negative}
+
+    def _bags(self, logits: Tensor, deltas: Tensor, anchors: Tensor, target: Target, counts: Tensor | None) -> Tensor:
+        """(N,) -alpha log of how likely each box's bag finds it."""
+        boxes = target.boxes.to(anchors)
+        size = min(self.bag_size, len(anchors))
+        chosen = []
+        for part in chunks_of(boxes, len(anchors)):
+            overlap = box_iou(part, anchors)
+            chosen.append((overlap if counts is None else overlap.masked_fill(~counts, -1)).topk(size, 1)[1])
+        if not chosen:
+            return logits.new_zeros(0)
+        bag = torch.cat(chosen)  # (N, bag)
+        wanted = self.coder.encode(anchors[bag], boxes[:, None])
+        away = F.smooth_l1_loss(deltas[bag], wanted, reduction="none", beta=self.beta).sum(-1)
+        classified = logits[bag, target.labels[:, None]].sigmoid()
+        likely = classified * (-self.box_weight * away).exp()
+        weight = 1 / (1 - likely).clamp(min=_EPS)
+        found = (weight / weight.sum(1, keepdim=True) * likely).sum(1)
+        return -self.alpha * found.clamp(min=_EPS).log()
+
+    def _background(
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, target: Target, counts: Tensor | None
+    ) -> Tensor:
+        """Focal loss of an image's anchors as background, as far as they are; scalar."""
+        with torch.no_grad():
+            is_object = torch.zeros_like(logits)
+            if len(target.boxes):
+                decoded = self.coder.decode(anchors, deltas)
+                start = 0
+                for part in chunks_of(target.boxes.to(anchors), len(anchors)):
+                    overlap = box_iou(part, decoded)
+                    best = overlap.amax(1, keepdim=True).clamp(min=self.threshold + _EPS)
+                    degree = ((overlap - self.threshold) / (best - self.threshold).clamp(min=_EPS)).clamp(0, 1)
+                    labels = target.labels[start : start + len(part)]
+                    is_object.index_reduce_(1, labels, degree.T, "amax")
+                    start += len(part)
+        chance = (logits.sigmoid() * (1 - is_object)).clamp(_EPS, 1 - 1e-7)  # below 1 in float32
+        each = chance**self.gamma * -torch.log1p(-chance)
+        if counts is not None:
+            each = each * counts[:, None]
+        return (1 - self.alpha) * each.sum()
