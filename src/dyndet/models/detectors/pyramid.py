@@ -1,0 +1,131 @@
+"""What one- and two-stage detectors share: images to a pyramid, a head on it, and every part in its own precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyndet.models.budget import Budget
+from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images
+from dyndet.models.heads.chain import HeadChain
+from dyndet.models.preprocess import Preprocess
+from dyndet.ops.grid import valid_masks
+from dyndet.structures import HeadOutput, ImageBatch, Losses, Routing, Size
+
+
+class PyramidDetector(Detector):
+    """Backbone, neck and head; what reads the head's output is up to the subclass.
+
+    Args:
+        preprocess: pixels to network input.
+        backbone: images -> feature maps; has `channels` and `strides`.
+        neck: feature maps -> pyramid; has `channels` and `strides`.
+        head: (pyramid, valid) -> `HeadOutput`.
+        budget: prices the head's routing in `losses`; None leaves it free.
+        precision: dtype name per part ("backbone", "neck", "head", "predictor") to run it in under autocast, for
+            instance {"neck": "bfloat16", "head": "bfloat16"}; parts without one follow the surrounding precision.
+    """
+
+    backbone: FeatureMaps
+    neck: FeatureMaps
+    head: Head
+
+    def __init__(
+        self,
+        *,
+        preprocess: Preprocess,
+        backbone: FeatureMaps,
+        neck: FeatureMaps,
+        head: Head,
+        budget: Budget | None = None,
+        precision: Mapping[str, str | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.budget = budget
+        self.precision = _dtypes(precision or {})
+
+    @property
+    def strides(self) -> list[int]:
+        return self.neck.strides
+
+    def pyramid(self, images: Images) -> tuple[list[Tensor], list[Tensor] | None]:
+        """What the head gets: L x (B, C, H_l, W_l), and L x (B, 1, H_l, W_l) bool, False on padding, or None."""
+        return self._features(self._batch(images))
+
+    def run_head(self, features: list[Tensor], valid: list[Tensor] | None) -> HeadOutput:
+        """The head alone, in its own precision."""
+        return self._run("head", self.head, features, valid)
+
+    def _batch(self, images: Images) -> ImageBatch:
+        device = next(self.parameters()).device
+        return ImageBatch.of(images, self.preprocess.divisor).to(device)
+
+    def _features(self, batch: ImageBatch) -> tuple[list[Tensor], list[Tensor] | None]:
+        pixels = self.preprocess(batch)
+        features = self._run("neck", self.neck, self._run("backbone", self.backbone, pixels))
+        shapes: list[Size] = [(x.shape[-2], x.shape[-1]) for x in features]
+        valid = valid_masks(batch.sizes, shapes, self.strides)
+        return features, None if valid is None else [mask.to(pixels.device) for mask in valid]
+
+    def _priced(self, terms: dict[str, Tensor], routing: Routing | None) -> Losses:
+        """The losses, with the budget where something was routed."""
+        if self.budget is not None and routing is not None:
+            terms = terms | {"budget": self.budget(routing)}
+        return Losses(terms, routing)
+
+    def _stages(
+        self, pixels: Tensor, head: bool, *parts: tuple[str, Callable[[Any], Any]]
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """`Detector.stages` of backbone, neck, head and the parts that follow, each called with what came before."""
+        value: Any = pixels
+        for name, part in (("backbone", self.backbone), ("neck", self.neck), ("head", self.head), *parts):
+            if name == "head" and not head:
+                if not isinstance(part, HeadChain):
+                    value = HeadOutput(value, value)
+                    continue
+                part = part.attention  # nothing is routed before the towers
+            results: list[Any] = []
+
+            def run(part: Callable[[Any], Any] = part, value: Any = value, results: list[Any] = results) -> None:
+                results.append(part(value))
+
+            yield name, run
+            value = results[0]
+
+    def _run(self, part: str, module: Callable[..., Any], inputs: Any, *more: Any) -> Any:
+        """A part in its own precision. One without takes inputs like its weights, unless autocast surrounds it."""
+        device = next(self.parameters()).device.type
+        dtype = self.precision.get(part)
+        if dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(device, dtype=dtype):
+                return module(inputs, *more)
+        if dtype is None and torch.is_autocast_enabled(device):
+            return module(inputs, *more)
+        with torch.autocast(device, enabled=False):
+            return module(_cast(inputs, next(self.parameters()).dtype), *more)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, HeadOutput):
+        return HeadOutput(_cast(value.cls, dtype), _cast(value.reg, dtype), value.routing)
+    return [_cast(item, dtype) for item in value]
+
+
+def _dtypes(precision: Mapping[str, str | None]) -> dict[str, torch.dtype]:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    chosen = {part: name for part, name in precision.items() if name is not None}
+    for part, name in chosen.items():
+        if part not in ("backbone", "neck", "head", "predictor") or name not in known:
+            raise ValueError(
+                f"precision {part}={name}: parts are backbone, neck, head, predictor; values {', '.join(known)}"
+            )
+    return {part: known[name] for part, name in chosen.items()}
