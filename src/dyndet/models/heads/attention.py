@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dyndet.models.heads.init import fill_bias
 
 
 def masked_mean(inputs: Tensor, valid: Tensor | None) -> Tensor:
@@ -27,11 +31,12 @@ class ScaleAttention(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, 1, 1)
         nn.init.normal_(self.conv.weight, std=0.01)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        fill_bias(self.conv, 0.0)
 
     def forward(self, inputs: Tensor, valid: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, 1, 1, 1)."""
-        return F.hardsigmoid(F.relu(self.conv(masked_mean(inputs, valid)[:, :, None, None])))
+        mean = masked_mean(inputs, valid).to(self.conv.weight.dtype)
+        return F.hardsigmoid(F.relu(self.conv(mean[:, :, None, None])))
 
 
 class TaskAttention(nn.Module):
@@ -46,7 +51,7 @@ class TaskAttention(nn.Module):
         init: of both linear layers: "normal" (std 0.01, bias 0) or "default" (torch's).
     """
 
-    def __init__(self, channels: int, *, reduction: int = 4, init: str = "normal") -> None:
+    def __init__(self, channels: int, *, reduction: int = 4, init: Literal["normal", "default"] = "normal") -> None:
         super().__init__()
         self.squeeze = nn.Linear(channels, channels // reduction)
         self.excite = nn.Linear(channels // reduction, 4 * channels)
@@ -57,6 +62,7 @@ class TaskAttention(nn.Module):
 
     def forward(self, inputs: Tensor, valid: Tensor | None) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        t = F.hardsigmoid(self.excite(F.relu(self.squeeze(masked_mean(inputs, valid))))) - 0.5
+        mean = masked_mean(inputs, valid).to(self.squeeze.weight.dtype)
+        t = F.hardsigmoid(self.excite(F.relu(self.squeeze(mean)))) - 0.5
         slope1, shift1, slope2, shift2 = t[:, :, None, None].chunk(4, 1)
         return torch.maximum((1 + 2 * slope1) * inputs + shift1, 2 * slope2 * inputs + shift2)
