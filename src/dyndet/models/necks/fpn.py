@@ -1,4 +1,4 @@
-"""Feature pyramid network (Lin et al., CVPR 2017) with the two extra levels of FCOS and RetinaNet."""
+"""Feature pyramid network (Lin et al., CVPR 2017) with the extra levels of FCOS and RetinaNet, or of Faster R-CNN."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dyndet.models.heads.init import fill_bias
 
 
 class FPN(nn.Module):
-    """1x1 laterals, nearest top-down, 3x3 outputs, and extra levels by strided convolutions.
+    """1x1 laterals, nearest top-down, 3x3 outputs, and extra levels by strided convolutions or pooling.
 
     Attributes:
         channels: C of every level.
@@ -22,10 +22,12 @@ class FPN(nn.Module):
         in_channels: C of the backbone's maps, finest first.
         in_strides: their strides.
         channels: C of the pyramid.
-        extra_levels: how many levels to add by stride-2 3x3 convolutions (2 gives P6 and P7).
-        extra_source: the first extra level reads the last backbone map ("C5": the published code) or the last pyramid
+        extra_levels: how many levels to add, each of half the resolution (2 gives P6 and P7).
+        extra: by "conv", 3x3 of stride 2, or by "pool", every second position of the level before (two-stage
+            detectors), which always starts from the last pyramid level.
+        extra_source: the first convolution reads the last backbone map ("C5": the published code) or the last pyramid
             level ("P5": the paper's parameter counts).
-        relu_before_extra: ReLU between the extra levels (P7 reads ReLU(P6)).
+        relu_before_extra: ReLU between the convolutions (P7 reads ReLU(P6)).
     """
 
     def __init__(
@@ -35,17 +37,24 @@ class FPN(nn.Module):
         *,
         channels: int = 256,
         extra_levels: int = 2,
+        extra: Literal["conv", "pool"] = "conv",
         extra_source: Literal["C5", "P5"] = "C5",
         relu_before_extra: bool = True,
     ) -> None:
         super().__init__()
+        if extra not in ("conv", "pool"):
+            raise ValueError(f"extra must be 'conv' or 'pool', got {extra!r}")
         if extra_source not in ("C5", "P5"):
             raise ValueError(f"extra_source must be 'C5' or 'P5', got {extra_source!r}")
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        first = in_channels[-1] if extra_source == "C5" else channels
+        self.from_backbone = extra_source == "C5" and extra == "conv"
+        first = in_channels[-1] if self.from_backbone else channels
         self.extra = nn.ModuleList(
-            nn.Conv2d(first if i == 0 else channels, channels, 3, stride=2, padding=1) for i in range(extra_levels)
+            nn.Conv2d(channels if i else first, channels, 3, stride=2, padding=1)
+            if extra == "conv"
+            else nn.MaxPool2d(1, stride=2)
+            for i in range(extra_levels)
         )
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
@@ -53,8 +62,7 @@ class FPN(nn.Module):
                 fill_bias(layer, 0.0)
         self.channels = channels
         self.strides = [*in_strides, *(in_strides[-1] * 2 ** (i + 1) for i in range(extra_levels))]
-        self.extra_source = extra_source
-        self.relu_before_extra = relu_before_extra
+        self.relu_before_extra = relu_before_extra and extra == "conv"
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """L x (B, C_l, H_l, W_l) -> (L + extra_levels) x (B, C, H_l, W_l)."""
@@ -63,8 +71,8 @@ class FPN(nn.Module):
             finer = summed[level]
             summed[level] = finer + F.interpolate(summed[level + 1], size=finer.shape[-2:], mode="nearest")
         pyramid = [output(x) for output, x in zip(self.output, summed, strict=True)]
-        x = features[-1] if self.extra_source == "C5" else pyramid[-1]
-        for index, conv in enumerate(self.extra):
-            x = conv(F.relu(x) if index and self.relu_before_extra else x)
+        x = features[-1] if self.from_backbone else pyramid[-1]
+        for index, halve in enumerate(self.extra):
+            x = halve(F.relu(x) if index and self.relu_before_extra else x)
             pyramid.append(x)
         return pyramid
