@@ -280,3 +280,20 @@ def test_stages_that_cannot_be_deformed(name: str, stage: int) -> None:
         TimmBackbone(name, deformable_stages=[stage])
     with pytest.raises(UserError, match="c5"):
         deform_stages(TimmBackbone("test_resnet", strides=(8, 16)).body, [5])
+
+
+def test_pretrained_weights_of_timm_stay_in_deformable_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = timm.create_model
+
+    def pretend(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+        model = original(name, **kwargs)
+        if pretrained:
+            for parameter in model.parameters():
+                nn.init.constant_(parameter, 0.5)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", pretend)
+    body = TimmBackbone("test_resnet", weights="timm", deformable_stages=[4]).body
+    wanted = {name: 0.0 if ".offset." in name else 0.5 for name, _ in body.named_parameters()}
+    assert 0.0 in wanted.values()
+    assert all((parameter == wanted[name]).all() for name, parameter in body.named_parameters())
