@@ -7,6 +7,7 @@ Legend: B images, C channels, L levels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -105,7 +106,7 @@ class DyHeadBlock(nn.Module):
                     above = self.high.normalise(self.high(coarser, there), valid[level + 1])
                     maps.append(_upsample(above, size))
         weighted = maps if self.scale is None else [self.scale(x, area) * x for x in maps]
-        y = torch.stack(weighted).mean(0)
+        y = functools.reduce(torch.add, weighted) / len(weighted)
         y = F.relu(y) if self.task is None else self.task(y, area)
         return y if area is None else y * area
 

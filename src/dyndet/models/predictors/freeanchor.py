@@ -133,7 +133,7 @@ class FreeAnchor(AnchorPredictor):
                     best = overlap.amax(1, keepdim=True).clamp(min=self.threshold + _EPS)
                     degree = ((overlap - self.threshold) / (best - self.threshold).clamp(min=_EPS)).clamp(0, 1)
                     labels = target.labels[start : start + len(part)]
-                    is_object.index_reduce_(1, labels, degree.T, "amax")
+                    is_object.scatter_reduce_(1, labels.expand(len(anchors), -1), degree.T, "amax")
                     start += len(part)
         chance = (logits.sigmoid() * (1 - is_object)).clamp(_EPS, 1 - 1e-7)  # below 1 in float32
         each = chance**self.gamma * -torch.log1p(-chance)

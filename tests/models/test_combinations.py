@@ -1,0 +1,82 @@
+"""Every head with every predictor, on backbones and necks of every kind."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import pytest
+import torch
+
+from dyndet import build_detector
+from dyndet.structures import Target
+
+HEADS = [
+    "plain_small", "fixed_small", "fine_grained_small", "coarse_small", "dyhead_small", "dyhead_fine_grained_small",
+    "separable_small",
+]  # fmt: skip
+PREDICTORS = ["fcos_small", "atss_small", "retinanet_small", "freeanchor_small"]
+BACKBONES = ["resnet50", "lite0", "swin_tiny", "convnext_tiny"]
+NECKS = ["fpn_small", "bifpn_small"]
+
+# Each head with each predictor; backbones and necks go round, so that all pairs meet.
+WALK = [
+    (head, predictor, BACKBONES[(h + p) % 4], NECKS[(h // 2 + p) % 2])
+    for (h, head), (p, predictor) in product(enumerate(HEADS), enumerate(PREDICTORS))
+]
+
+
+def test_the_walk_covers_all_pairs() -> None:
+    groups = [HEADS, PREDICTORS, BACKBONES, NECKS]
+    for first, second in combinations(range(4), 2):
+        assert {(row[first], row[second]) for row in WALK} == set(product(groups[first], groups[second]))
+
+
+def scene() -> tuple[list[torch.Tensor], list[Target]]:
+    """Two images of different sizes with bright and dark squares; one of them empty."""
+    images = [torch.full((3, 64, 64), 0.5), torch.full((3, 48, 56), 0.5)]
+    boxes = torch.tensor([[4.0, 6, 26, 30], [34, 30, 60, 58]])
+    for box, value in zip(boxes.int().tolist(), (1.0, 0.0), strict=True):
+        images[0][:, box[1] : box[3], box[0] : box[2]] = value
+    nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+    return images, [Target(boxes, torch.tensor([0, 1]), torch.tensor([False, False])), nothing]
+
+
+@pytest.mark.parametrize("row", WALK, ids=" ".join)
+def test_it_learns_and_detects(row: tuple[str, str, str, str]) -> None:
+    head, predictor, backbone, neck = row
+    torch.manual_seed(0)
+    choice = [f"head={head}", f"predictor={predictor}", f"backbone={backbone}", f"neck={neck}"]
+    small = [
+        "neck.channels=16",
+        "backbone.weights=none",
+        "backbone.frozen_stages=4",
+        "predictor.postprocess.score_threshold=0.0",
+    ]
+    width = {
+        "separable_small": ["head.num_convs=1"],
+        "dyhead_small": ["head.num_blocks=1"],
+        "dyhead_fine_grained_small": ["head.attention.num_blocks=1", "head.towers.depth=1"],
+    }
+    detector = build_detector(None, choice + small + width.get(head, []))
+    images, targets = scene()
+    detector.train()
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    values = []
+    for _ in range(3):
+        losses = detector.losses(images, targets)
+        assert (losses.routing is not None) == ("grained" in head or "coarse" in head)
+        optimizer.zero_grad()
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 10.0)
+        optimizer.step()
+        values.append(losses.total.item())
+    assert values[-1] < values[0], values
+    assert all(p.grad is not None for p in trained)
+
+    detector.eval()
+    found, routing = detector.detect_with_routing(images)
+    assert len(found) == 2 and all(len(item) > 0 and item.scores.isfinite().all() for item in found)
+    assert found[1].boxes[:, 2].max() <= 56 and found[1].boxes[:, 3].max() <= 48
+    if routing is not None:
+        assert routing.used_ratio().min() > 0 and routing.used_ratio().max() <= 1
