@@ -1,0 +1,169 @@
+"""A two-stage detector: backbone -> neck -> head -> proposals -> what each of them holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dyndet.models.backbone import TimmBackbone
+from dyndet.models.budget import Budget
+from dyndet.models.detectors.base import FeatureMaps, Head, Images, RawMaps
+from dyndet.models.detectors.pyramid import PyramidDetector
+from dyndet.models.heads.none import NoHead
+from dyndet.models.necks.fpn import FPN
+from dyndet.models.preprocess import Preprocess
+from dyndet.models.two_stage.roi import RoISamples
+from dyndet.models.two_stage.rpn import RPN
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Size, Target
+
+
+class RoIPredictor(Protocol):
+    """Any second stage: `FastRCNN`, `CascadeRCNN`."""
+
+    num_classes: int
+    size: int
+
+    def __call__(self, regions: Tensor) -> Any: ...
+
+    def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> RoISamples: ...
+
+    def losses(
+        self, features: Sequence[Tensor], samples: RoISamples, targets: Sequence[Target], sizes: Sequence[Size]
+    ) -> dict[str, Tensor]: ...
+
+    def detections(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
+    ) -> list[Detections]: ...
+
+
+class TwoStageDetector(PyramidDetector):
+    """Any head with one output between any pyramid and an RPN with its second stage (Faster R-CNN, Cascade R-CNN).
+
+    Args:
+        preprocess: pixels to network input.
+        backbone: images -> feature maps; has `channels` and `strides`.
+        neck: feature maps -> pyramid; has `channels` and `strides`.
+        head: (pyramid, valid) -> `HeadOutput`, whose `cls` both stages read; None leaves the pyramid as it is.
+        rpn: features -> proposals.
+        predictor: features and proposals -> losses, detections.
+        budget: prices the head's routing in `losses`; None leaves it free.
+        precision: see `PyramidDetector`; "predictor" covers both stages.
+    """
+
+    predictor: RoIPredictor
+
+    def __init__(
+        self,
+        *,
+        preprocess: Preprocess,
+        backbone: FeatureMaps,
+        neck: FeatureMaps,
+        head: Head | None = None,
+        rpn: RPN,
+        predictor: RoIPredictor,
+        budget: Budget | None = None,
+        precision: Mapping[str, str | None] | None = None,
+    ) -> None:
+        super().__init__(
+            preprocess=preprocess,
+            backbone=backbone,
+            neck=neck,
+            head=NoHead() if head is None else head,
+            budget=budget,
+            precision=precision,
+        )
+        self.rpn = rpn
+        self.predictor = predictor
+
+    def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
+        """As of `Detector`: `rpn_cls`, `rpn_box`, `cls`, `box` and, where something was routed, `budget`."""
+        batch, sizes, output, valid = self._attended(images)
+        wanted = [_trainable(target).to(batch.pixels.device) for target in targets]
+        raw = self._run("predictor", self.rpn, output.cls)
+        terms = self.rpn.losses(raw, wanted, valid)
+        samples = self.predictor.sample(self.rpn.proposals(raw, sizes, valid), wanted)
+        terms |= self._run("predictor", self.predictor.losses, output.cls, samples, wanted, sizes)
+        return self._priced(terms, output.routing)
+
+    @torch.no_grad()
+    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
+        batch, sizes, output, valid = self._attended(images)
+        raw = self._run("predictor", self.rpn, output.cls)
+        proposals = self.rpn.proposals(raw, sizes, valid)
+        found = self._run("predictor", self.predictor.detections, output.cls, proposals, sizes)
+        return _in_original_pixels(found, batch), output.routing
+
+    def raw_outputs(self, images: Images) -> RawMaps:
+        """Per level what the RPN says: `objectness` (B, A, H, W) logits and `deltas` (B, 4A, H, W)."""
+        return self._run("predictor", self.rpn, self._attended(images)[2].cls)
+
+    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """As of `Detector`: "backbone", "neck", "head", "rpn", and "roi" on as many regions as the RPN may propose."""
+
+        def rpn(output: HeadOutput) -> Tensor:
+            self.rpn(output.cls)
+            return output.cls[0]
+
+        def roi(features: Tensor) -> Any:
+            count, size = self.rpn.max_proposals * len(features), self.predictor.size
+            return self.predictor(features.new_zeros(count, features.shape[1], size, size))
+
+        yield from self._stages(pixels, head, ("rpn", rpn), ("roi", roi))
+
+    def _attended(self, images: Images) -> tuple[ImageBatch, list[Size], HeadOutput, list[Tensor] | None]:
+        batch = self._batch(images)
+        features, valid = self._features(batch)
+        sizes: list[Size] = [(height, width) for height, width in batch.sizes.tolist()]
+        return batch, sizes, self.run_head(features, valid), valid
+
+
+def _trainable(target: Target | dict[str, Tensor]) -> Target:
+    """Without crowd, and without boxes that have no area: they have no deltas."""
+    target = Target.of(target).without_crowd()
+    solid = (target.boxes[:, 2:] > target.boxes[:, :2]).all(1)
+    return target if bool(solid.all()) else target[solid]
+
+
+def _in_original_pixels(found: Sequence[Detections], images: ImageBatch) -> list[Detections]:
+    ratios = (images.original_sizes / images.sizes).flip(1).repeat(1, 2)  # width, height, width, height
+    return [replace(item, boxes=item.boxes * ratio.to(item.boxes)) for item, ratio in zip(found, ratios, strict=True)]
+
+
+def assemble_two_stage(
+    *,
+    preprocess: Preprocess,
+    backbone: TimmBackbone,
+    neck: Callable[..., FPN],
+    head: Callable[..., Head],
+    rpn: Callable[..., RPN],
+    predictor: Callable[..., RoIPredictor],
+    budget: Budget | None = None,
+    precision: Mapping[str, str | None] | None = None,
+) -> TwoStageDetector:
+    """Builds a `TwoStageDetector` from parts that wait for the widths and strides of the part before them.
+
+    Args:
+        preprocess: ready.
+        backbone: ready.
+        neck: called with `in_channels` and `in_strides`.
+        head: called with `channels`.
+        rpn: called with `channels` and `strides`.
+        predictor: called with `channels` and `strides`.
+        budget: see `TwoStageDetector`.
+        precision: see `TwoStageDetector`.
+    """
+    pyramid = neck(in_channels=backbone.channels, in_strides=backbone.strides)
+    return TwoStageDetector(
+        preprocess=preprocess,
+        backbone=backbone,
+        neck=pyramid,
+        head=head(channels=pyramid.channels),
+        rpn=rpn(channels=pyramid.channels, strides=pyramid.strides),
+        predictor=predictor(channels=pyramid.channels, strides=pyramid.strides),
+        budget=budget,
+        precision=precision,
+    )
