@@ -19,7 +19,7 @@ LAYERS = [
     ("metrics", "report"),
     ("lightning",),
     ("config", "command", "checkpoint", "api", "conf"),
-    ("train", "evaluate", "predict", "report.__main__"),
+    ("train", "evaluate", "predict", "convert", "report.__main__"),
 ]
 MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -1,0 +1,23 @@
+"""Released checkpoints -> ours: mmdetection, detectron2 (the DyHead authors), cvpods (the fine-grained head's authors).
+
+What a source's tensors are called and how a release is recognised is in `mmdet.py`, `detectron2.py` and `cvpods.py`;
+`engine.py` applies such a table and accounts for every tensor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Converted", "convert_checkpoint", "read_release", "save_release"]
+
+if TYPE_CHECKING:
+    from dyndet.convert.release import Converted, convert_checkpoint, read_release, save_release
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: importing the package alone must not import torch.
+    if name in __all__:
+        from dyndet.convert import release
+
+        return getattr(release, name)
+    raise AttributeError(f"module 'dyndet.convert' has no attribute {name!r}")

@@ -1,0 +1,176 @@
+"""A released checkpoint as an experiment of ours with its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dyndet.config import build, compose_experiment
+from dyndet.convert import cvpods, detectron2, mmdet
+from dyndet.convert.coco import categories_for
+from dyndet.convert.engine import Report, apply_rules
+from dyndet.convert.read import Source, read_source
+from dyndet.convert.recipe import FILLS, Recipe
+from dyndet.errors import UserError
+from dyndet.structures import Category
+
+SOURCES = (mmdet, cvpods, detectron2)
+"""In the order in which they are asked whether a file is theirs."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A release in our terms.
+
+    Attributes:
+        experiment: the name.
+        overrides: Hydra overrides that make the experiment this release; `build_detector(experiment, overrides)` takes
+            the weights.
+        config: the experiment with these overrides.
+        state_dict: weights, by our names.
+        categories: label k is `categories[k]`.
+        report: what became of every tensor.
+        source: "mmdetection", "detectron2" or "cvpods".
+        note: what no tensor tells and the user may have to.
+    """
+
+    experiment: str
+    overrides: list[str]
+    config: DictConfig
+    state_dict: dict[str, Tensor]
+    categories: list[Category]
+    report: Report
+    source: str
+    note: str = ""
+
+
+def convert_checkpoint(
+    path: str | Path, experiment: str = "auto", trust: bool = False
+) -> tuple[str, dict[str, Tensor]]:
+    """The experiment of a release and its weights, for `build_detector(experiment)`.
+
+    A release that differs from its experiment in structure (depth, number of classes) also needs the overrides that
+    `read_release` returns; so does one with other pixels to give the right answers.
+
+    Raises:
+        UserError: as `read_release`.
+    """
+    converted = read_release(path, experiment, trust=trust)
+    return converted.experiment, converted.state_dict
+
+
+def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = False) -> Converted:
+    """Reads a released checkpoint.
+
+    Args:
+        path: a file of mmdetection, detectron2 or cvpods.
+        experiment: a name under `conf/experiment`; "auto" takes what the tensors and the file's meta data say.
+        trust: see `read_source`.
+
+    Raises:
+        UserError: if the file cannot be read, is of no known source, or does not fit the experiment.
+    """
+    source = read_source(path, trust=trust)
+    shapes = source.shapes
+    module = next((module for module in SOURCES if module.recognise(shapes)), None)
+    if module is None:
+        names = ", ".join(list(shapes)[:3])
+        raise UserError(f"{path} is of no source that dyndet knows (mmdetection, detectron2, cvpods): it has {names}")
+    recipe = module.recipe(source)
+    name = recipe.experiment if experiment == "auto" else experiment
+    config = compose_experiment(name)
+    config.backbone.weights = "none"
+    overrides = _adapt(config, recipe, source.path)
+    _check_pixels(source, config)
+    with torch.device("meta"):
+        expected = build(config.detector).state_dict()
+    what = f"{path} ({module.NAME}) does not fit {name}"
+    weights, report = apply_rules(source.weights, recipe.rules, expected, fills=FILLS, what=what)
+    return Converted(
+        experiment=name,
+        overrides=overrides,
+        config=config,
+        state_dict=weights,
+        categories=categories_for(recipe.num_classes, recipe.names),
+        report=report,
+        source=module.NAME,
+        note=recipe.note if experiment == "auto" else "",
+    )
+
+
+def save_release(converted: Converted, out: str | Path) -> Path:
+    """Writes a checkpoint that `load_detector` and the commands take as `ckpt`.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    out = Path(out)
+    categories = [{"id": category.id, "name": category.name} for category in converted.categories]
+    content = {
+        "dyndet": {"config": OmegaConf.to_container(converted.config), "categories": categories},
+        "state_dict": {f"detector.{name}": value.contiguous() for name, value in converted.state_dict.items()},
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, out)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"out={out} cannot be written: {str(error).splitlines()[0]}") from error
+    return out
+
+
+def _adapt(config: DictConfig, recipe: Recipe, path: Path) -> list[str]:
+    """Sets in a composed experiment what a release does otherwise; returns that as overrides."""
+    overrides = []
+    for key, value in {"data.num_classes": recipe.num_classes, **recipe.settings}.items():
+        current = _current(config, key)
+        if current is None:
+            raise UserError(
+                f"{path} is a release of {recipe.experiment}, not of {config.name}: that has no {key}; "
+                "leave experiment=auto"
+            )
+        if not _same(current, value):
+            OmegaConf.update(config, key, value, merge=False)
+            overrides.append(f"{key}={_text(value)}")
+    return overrides
+
+
+def _current(config: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(config, key)
+    if key == "backbone.name":  # "resnet50.tv_in1k": which weights it would start from does not matter here
+        return str(value).partition(".")[0]
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _same(current: Any, wanted: Any) -> bool:
+    if isinstance(current, list) and isinstance(wanted, list):
+        return len(current) == len(wanted) and all(map(math.isclose, current, wanted))
+    return current == wanted
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_pixels(source: Source, config: DictConfig) -> None:
+    """Where a file keeps mean and std as tensors, they are ours."""
+    settings = cast(Mapping[str, Any], OmegaConf.to_container(config.preprocess))
+    for key in ("mean", "std"):
+        for name in (f"pixel_{key}", f"data_preprocessor.{key}"):
+            if name in source.weights:
+                theirs = source.weights[name].flatten().double() / 255
+                ours = torch.tensor(settings[key], dtype=torch.float64)
+                if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
+                    raise UserError(
+                        f"{source.path} was trained with {name} {[round(255 * x, 3) for x in theirs.tolist()]}, but "
+                        f"{config.name} has {[round(255 * x, 3) for x in settings[key]]}: set experiment=NAME to one "
+                        "that has them"
+                    )
