@@ -158,6 +158,15 @@ def test_another_model(tmp_path: Path) -> None:
         read_release(file)
 
 
+def test_a_head_without_boxes(tmp_path: Path) -> None:
+    file = tmp_path / "release.pth"
+    weights = marked(RELEASES["mmdet retinanet_r50"].shapes)
+    del weights["bbox_head.retina_reg.weight"]
+    torch.save({"state_dict": weights}, file)
+    with pytest.raises(UserError, match=r"lacks a part of its head.*retina_reg"):
+        read_release(file)
+
+
 def test_another_experiment(tmp_path: Path) -> None:
     file = tmp_path / "release.pth"
     torch.save({"model": marked(RELEASES["fcos dynamic D4"].shapes)}, file)

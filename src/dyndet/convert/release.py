@@ -83,7 +83,10 @@ def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = Fa
     if module is None:
         names = ", ".join(list(shapes)[:3])
         raise UserError(f"{path} is of no source that dyndet knows (mmdetection, detectron2, cvpods): it has {names}")
-    recipe = module.recipe(source)
+    try:
+        recipe = module.recipe(source)
+    except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor that says what the release is
+        raise UserError(f"{path} ({module.NAME}) lacks a part of its head or holds it damaged: {error}") from error
     name = recipe.experiment if experiment == "auto" else experiment
     config = compose_experiment(name)
     config.backbone.weights = "none"
