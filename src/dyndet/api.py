@@ -11,10 +11,10 @@ from torch import nn
 from dyndet.checkpoint import Checkpoint, read_checkpoint
 from dyndet.config import build, compose_experiment
 from dyndet.errors import UserError
-from dyndet.models.detectors.dense import DenseDetector
+from dyndet.models.detectors.pyramid import PyramidDetector
 
 
-def build_detector(experiment: str | None = None, overrides: Sequence[str] = ()) -> DenseDetector:
+def build_detector(experiment: str | None = None, overrides: Sequence[str] = ()) -> PyramidDetector:
     """The detector of an experiment, with random weights unless a local file is named. Never downloads.
 
     Args:
@@ -30,7 +30,7 @@ def build_detector(experiment: str | None = None, overrides: Sequence[str] = ())
     return build(config.detector).eval()
 
 
-def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> DenseDetector:
+def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> PyramidDetector:
     """A trained detector, in eval mode.
 
     Args:
@@ -43,7 +43,7 @@ def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> DenseDe
     return detector_from(read_checkpoint(checkpoint), impl=impl)
 
 
-def detector_from(saved: Checkpoint, *, impl: str | None = None) -> DenseDetector:
+def detector_from(saved: Checkpoint, *, impl: str | None = None) -> PyramidDetector:
     """`load_detector` for a checkpoint that has been read already."""
     config = saved.config.copy()
     config.backbone.weights = "none"
@@ -52,7 +52,7 @@ def detector_from(saved: Checkpoint, *, impl: str | None = None) -> DenseDetecto
         if "impl" not in head:
             raise UserError(f"impl={impl}: the head of {config.name} has no sparse operations")
         head.impl = impl
-    detector: DenseDetector = build(config.detector)
+    detector: PyramidDetector = build(config.detector)
     detector.load_state_dict(saved.weights)
     if config.channels_last:  # as in training, so that the numbers are the same to the last bit
         nn.Module.to(detector, memory_format=torch.channels_last)

@@ -63,6 +63,8 @@ def build(config: Any, **more: Any) -> Any:
     try:
         built = instantiate(config)
         return built(**more) if more else built
+    except OmegaConfBaseException as error:  # some are ValueErrors, too
+        raise UserError(explain(error, [])) from error
     except (ValueError, TypeError, MisconfigurationException) as error:
         if not more or isinstance(error, UserError):
             raise
@@ -75,8 +77,6 @@ def build(config: Any, **more: Any) -> Any:
             where = re.search(r"full_key: (\S+)", str(error))
             raise UserError(f"{where.group(1) if where else 'config'}: {cause}") from error
         raise
-    except OmegaConfBaseException as error:
-        raise UserError(explain(error, [])) from error
 
 
 def fill(config: DictConfig, changes: DictConfig, prefix: str) -> None:

@@ -23,7 +23,7 @@ from dyndet.lightning.callbacks import Collect, Progress
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.export import write_results
 from dyndet.metrics.timing import time_head
-from dyndet.models.detectors.dense import DenseDetector
+from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.report.summary import print_summary
@@ -58,7 +58,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 def _compare(module: DetectionModule, data: DetectionDataModule, config: DictConfig, macs: float) -> dict[str, float]:
     """Prints the head's time against its dense execution, next to its multiply-adds; returns both as metrics."""
-    detector = cast(DenseDetector, module.detector).eval()
+    detector = cast(PyramidDetector, module.detector).eval()
     head = routed_part(detector.head)
     if not isinstance(head, FineGrainedHead):
         raise UserError(f"timing={config.timing}: this head has no sparse execution to compare")

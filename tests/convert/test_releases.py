@@ -212,7 +212,7 @@ def test_other_classes(tmp_path: Path) -> None:
     ):
         torch.save({"state_dict": weights, "meta": meta}, file)
         converted = read_release(file)
-        assert converted.overrides == ["data.num_classes=3"]
+        assert converted.overrides == ["data.num_classes=3", "head.ignore_padding=false"]
         assert [(category.id, category.name) for category in converted.categories] == list(enumerate(names, 1))
 
 

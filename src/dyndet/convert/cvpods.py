@@ -67,9 +67,10 @@ def recipe(source: Source) -> Recipe:
         note = "no tensor tells the budget's weight, which only matters for further training: set experiment=NAME"
     elif depth:
         experiment = {4: "fcos_d4", 6: "fcos_d6"}.get(depth, "fcos_d8")
-        settings |= {"head.depth": depth}
+        settings |= {"head.depth": depth, "head.ignore_padding": False}
     else:
         experiment = "fcos_r50"
+        settings["head.ignore_padding"] = False
     rules = [
         *_DROPPED,
         *RESNET,

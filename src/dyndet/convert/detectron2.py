@@ -141,6 +141,7 @@ def recipe(source: Source) -> Recipe:
         if not dyhead:
             experiment = "retinanet_r50"
             settings |= {
+                "head.ignore_padding": False,
                 "neck.relu_before_extra": True,
                 "predictor.anchors.order": "ratio",
                 "predictor.coder.clamp": "upper",

@@ -147,7 +147,7 @@ def recipe(source: Source) -> Recipe:
     if dyhead:
         settings["head.num_blocks"] = count(shapes, _BLOCK)
     elif convs:
-        settings["head.num_convs"] = convs
+        settings |= {"head.num_convs": convs, "head.ignore_padding": False}
     name = resnet_name(shapes, r"backbone\.layer3\.(\d+)\.", "backbone.layer1.0.conv2.weight")
     if name is not None:
         settings["backbone.name"] = name

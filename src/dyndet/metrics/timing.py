@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from dyndet.models.detectors.dense import DenseDetector
+from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.ops.sparse import Impl
 from dyndet.structures import Batch
 
@@ -40,7 +40,7 @@ class HeadTiming:
 
 @torch.no_grad()
 def time_head(
-    detector: DenseDetector, head: SwitchableHead, batches: Iterable[Batch], *, impl: Impl, rounds: int = 3
+    detector: PyramidDetector, head: SwitchableHead, batches: Iterable[Batch], *, impl: Impl, rounds: int = 3
 ) -> HeadTiming:
     """Times the head of a detector on batches, by `impl` and densely in turn.
 

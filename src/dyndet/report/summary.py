@@ -36,11 +36,12 @@ def print_summary(
     for row in report.as_table():
         table.add_row(*row.values())
     console.print(table)
-    console.print(
-        f"head: {report.ratio:.1%} of its full {report.full.mean / 1e9:.3f} GMAC executed, mean of "
-        f"{report.images} images",
-        highlight=False,
-    )
+    if report.full.mean > 0:  # a head may do nothing
+        console.print(
+            f"head: {report.ratio:.1%} of its full {report.full.mean / 1e9:.3f} GMAC executed, mean of "
+            f"{report.images} images",
+            highlight=False,
+        )
     if report.open:
         console.print(
             f"gated convolutions: {report.asked / 1e9:.3f} GMAC asked for, {report.executed / 1e9:.3f} computed, tiles "

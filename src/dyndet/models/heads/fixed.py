@@ -44,10 +44,12 @@ class FixedHead(nn.Module):
         channels: C of the pyramid.
         depth: nodes per branch; a node holds two full 3x3 convolutions.
         norm_groups: groups of every GroupNorm.
+        ignore_padding: norms see the valid positions only; False as published.
     """
 
-    def __init__(self, channels: int, *, depth: int = 8, norm_groups: int = 32) -> None:
+    def __init__(self, channels: int, *, depth: int = 8, norm_groups: int = 32, ignore_padding: bool = True) -> None:
         super().__init__()
+        self.ignore_padding = ignore_padding
         self.cls = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))
         self.reg = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))
 
@@ -56,7 +58,7 @@ class FixedHead(nn.Module):
 
         Norms see the positions that `valid`, L x (B, 1, H, W), marks: the result does not depend on padding.
         """
-        areas: Sequence[Tensor | None] = valid or [None] * len(features)
+        areas: Sequence[Tensor | None] = valid if valid and self.ignore_padding else [None] * len(features)
         cls, reg = list(features), list(features)
         for node in self.cls:
             cls = node(cls, areas)

@@ -18,11 +18,21 @@ class PlainHead(nn.Module):
         channels: C of the pyramid.
         num_convs: convolutions per tower (4 in the papers).
         norm_groups: groups of GroupNorm; 0 leaves the norm out (RetinaNet).
+        ignore_padding: norms see the valid positions only, and padding stays zero; False as published.
         conv_bias: convolutions have a bias although a norm follows (not in mmdetection's ATSS and plain FCOS).
     """
 
-    def __init__(self, channels: int, *, num_convs: int = 4, norm_groups: int = 32, conv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_convs: int = 4,
+        norm_groups: int = 32,
+        conv_bias: bool = True,
+        ignore_padding: bool = True,
+    ) -> None:
         super().__init__()
+        self.ignore_padding = ignore_padding
         self.cls = _tower(channels, num_convs, norm_groups, conv_bias)
         self.reg = _tower(channels, num_convs, norm_groups, conv_bias)
 
@@ -31,7 +41,7 @@ class PlainHead(nn.Module):
 
         Norms see the positions that `valid`, L x (B, 1, H, W), marks: the result does not depend on padding.
         """
-        areas: Sequence[Tensor | None] = valid or [None] * len(features)
+        areas: Sequence[Tensor | None] = valid if valid and self.ignore_padding else [None] * len(features)
         cls, reg = (
             [_run(tower, x, area) for x, area in zip(features, areas, strict=True)] for tower in (self.cls, self.reg)
         )
