@@ -27,6 +27,8 @@ from dyndet.ops.distributed import reduce_mean
 from dyndet.ops.grid import level_points
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Target
 
+_LARGEST = 12.0  # e^12 pixels are more than any image has, and finite
+
 
 class FCOS(nn.Module):
     """Predicts from the features of any head.
@@ -161,7 +163,7 @@ class FCOS(nn.Module):
         if self.box_weighting == "uniform":
             loss_box = (each / share).sum()
         else:
-            total = reduce_mean(ideal.sum()).clamp(min=self.box_normaliser_min)
+            total = reduce_mean(ideal.sum()).clamp(min=max(self.box_normaliser_min, 1e-6))
             loss_box = (each * ideal).sum() / total
         quality = F.binary_cross_entropy_with_logits(centerness[positive], ideal, reduction="none")
         return {"cls": loss_cls, "box": loss_box, "centerness": (quality / share).sum()}
@@ -189,7 +191,7 @@ class FCOS(nn.Module):
 
     def _distances(self, box: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) distances in pixels from the raw box values."""
-        return F.relu(box) * stride.to(box) if self.box_activation == "relu" else box.exp()
+        return F.relu(box) * stride.to(box) if self.box_activation == "relu" else box.clamp(max=_LARGEST).exp()
 
     def _points(self, raw: RawMaps) -> list[Tensor]:
         device = raw[0]["cls"].device

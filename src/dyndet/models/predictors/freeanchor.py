@@ -89,39 +89,34 @@ class FreeAnchor(AnchorPredictor):
         anchors = torch.cat(self.level_anchors(raw))
         trained = self.trained_anchors(raw, valid)
         cls, deltas = flat_levels(raw, "cls", self.num_classes), flat_levels(raw, "box", 4)
-        bags, background = [], []
+        bags, background, unused = [], [], []
         for index, target in enumerate(targets):
-            counts = None if trained is None else trained[index]
-            bags.append(self._bags(cls[index], deltas[index], anchors, target, counts))
-            background.append(self._background(cls[index], deltas[index].detach(), anchors, target, counts))
+            here = slice(None) if trained is None else trained[index]
+            logits, moves, places = cls[index][here], deltas[index][here], anchors[here]
+            bags.append(self._bags(logits, moves, places, target))
+            background.append(self._background(logits, moves.detach(), places, target))
+            unused.append(moves.sum() * 0)
         objects = sum(len(target.boxes) for target in targets)
         number = reduce_mean(torch.tensor(float(objects), device=cls.device))
-        positive = torch.cat(bags).sum() / number.clamp(min=1) + 0 * deltas.sum()  # box gradients in every batch
+        positive = torch.cat(bags).sum() / number.clamp(min=1) + torch.stack(unused).sum()  # gradients in every batch
         negative = torch.stack(background).sum() / (number * self.bag_size).clamp(min=1)
         return {"positive": positive, "negative": negative}
 
-    def _bags(self, logits: Tensor, deltas: Tensor, anchors: Tensor, target: Target, counts: Tensor | None) -> Tensor:
+    def _bags(self, logits: Tensor, deltas: Tensor, anchors: Tensor, target: Target) -> Tensor:
         """(N,) -alpha log of how likely each box's bag finds it."""
         boxes = target.boxes.to(anchors)
         size = min(self.bag_size, len(anchors))
-        chosen = []
-        for part in chunks_of(boxes, len(anchors)):
-            overlap = box_iou(part, anchors)
-            chosen.append((overlap if counts is None else overlap.masked_fill(~counts, -1)).topk(size, 1)[1])
-        if not chosen:
+        if not len(boxes):
             return logits.new_zeros(0)
-        bag = torch.cat(chosen)  # (N, bag)
+        bag = torch.cat([box_iou(part, anchors).topk(size, 1)[1] for part in chunks_of(boxes, len(anchors))])
         wanted = self.coder.encode(anchors[bag], boxes[:, None])
         away = F.smooth_l1_loss(deltas[bag], wanted, reduction="none", beta=self.beta).sum(-1)
-        classified = logits[bag, target.labels[:, None]].sigmoid()
-        likely = classified * (-self.box_weight * away).exp()
-        weight = 1 / (1 - likely).clamp(min=_EPS)
-        found = (weight / weight.sum(1, keepdim=True) * likely).sum(1)
-        return -self.alpha * found.clamp(min=_EPS).log()
+        # In logarithms: far-off boxes have a likelihood of 0 in float32, but a gradient.
+        likely = F.logsigmoid(logits[bag, target.labels[:, None]]) - self.box_weight * away
+        weight = (1 / (1 - likely.exp()).clamp(min=_EPS)).log().log_softmax(1)
+        return -self.alpha * torch.logsumexp(weight + likely, 1)
 
-    def _background(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, target: Target, counts: Tensor | None
-    ) -> Tensor:
+    def _background(self, logits: Tensor, deltas: Tensor, anchors: Tensor, target: Target) -> Tensor:
         """Focal loss of an image's anchors as background, as far as they are; scalar."""
         with torch.no_grad():
             is_object = torch.zeros_like(logits)
@@ -137,6 +132,4 @@ class FreeAnchor(AnchorPredictor):
                     start += len(part)
         chance = (logits.sigmoid() * (1 - is_object)).clamp(_EPS, 1 - 1e-7)  # below 1 in float32
         each = chance**self.gamma * -torch.log1p(-chance)
-        if counts is not None:
-            each = each * counts[:, None]
         return (1 - self.alpha) * each.sum()
