@@ -256,6 +256,15 @@ def test_a_distance_on_the_border_of_a_range(strict: bool, levels: list[bool]) -
     assert (found.labels == 0).tolist() == levels
 
 
+@pytest.mark.parametrize(("x", "y"), [(12, 0), (-12, 0), (0, 12), (0, -12)])
+def test_the_central_region_and_the_box_have_open_edges(x: float, y: float) -> None:
+    """A point at exactly 1.5 strides from the centre, or on the edge of a box, belongs to none."""
+    sampler = CenterSampling(radius=1.5, base_range=512)
+    where = [torch.tensor([[32.0 + x * share, 32 + y * share] for share in (1, 0.99)])]
+    assert sampler(where, [8], target_of([[0, 0, 64, 64]]), 1).labels.tolist() == [1, 0]
+    assert sampler(where, [16], target_of([[20, 20, 44, 44]]), 1).labels.tolist() == [1, 0]
+
+
 def test_the_smallest_box_wins_and_of_equal_ones_the_first() -> None:
     where = [torch.tensor([[32.0, 32.0]])]
     boxes = [[0.0, 0, 64, 64], [8.0, 8, 56, 56], [16.0, 16, 48, 60], [8.0, 8, 56, 56]]

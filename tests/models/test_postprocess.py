@@ -158,7 +158,7 @@ def test_thresholds_are_exceeded_not_reached() -> None:
 
 
 def test_classes_do_not_suppress_each_other() -> None:
-    boxes = torch.tensor([[[-30.0, -30, 10, 10], [-30, -30, 10, 10.5]]])
+    boxes = torch.tensor([[[-30.0, -30, 2, 2], [-30, -30, 2, 2.5]]])  # shifting a class by the largest 2.5 would not do
     scores = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]])
     for clip in ("before", "after"):
         (found,) = Postprocess(clip=clip)([(scores, scores, boxes)], images((64, 64)))  # type: ignore[arg-type]
