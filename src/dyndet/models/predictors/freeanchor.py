@@ -94,7 +94,7 @@ class FreeAnchor(AnchorPredictor):
             here = slice(None) if trained is None else trained[index]
             logits, moves, places = cls[index][here], deltas[index][here], anchors[here]
             bags.append(self._bags(logits, moves, places, target))
-            background.append(self._background(logits, moves.detach(), places, target))
+            background.append(self._background(logits, moves, places, target))
             unused.append(moves.sum() * 0)
         objects = sum(len(target.boxes) for target in targets)
         number = reduce_mean(torch.tensor(float(objects), device=cls.device))

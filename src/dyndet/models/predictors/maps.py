@@ -47,7 +47,12 @@ def widened(valid: Sequence[Tensor], strides: Sequence[int], divisor: int) -> li
         valid: L x (B, 1, H, W) bool.
         strides: per level; the first must divide `divisor`.
         divisor: in pixels.
+
+    Raises:
+        ValueError: if it is no multiple of the first stride.
     """
+    if divisor % strides[0]:
+        raise ValueError(f"valid_divisor={divisor} must be a multiple of the finest stride, {strides[0]}")
     finest = valid[0]
     masks = []
     for mask, stride in zip(valid, strides, strict=True):

@@ -48,5 +48,5 @@ class Normaliser(nn.Module):
             if self.training:
                 with torch.no_grad():
                     self.average.lerp_(counts.sum().clamp(min=1).to(self.average), 1 - self.momentum)
-            total = self.average.to(counts)
+            total = self.average.to(counts, copy=True)  # it moves on, the divisor stays
         return total.expand(len(counts))
