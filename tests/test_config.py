@@ -91,3 +91,18 @@ def test_building_a_detector_never_downloads(monkeypatch: pytest.MonkeyPatch) ->
         build_detector("fcos_r50")
     assert seen
     assert not any(kw.get("pretrained") for kw in seen)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["detector=two_stage"], ["predictor.rpn", "choose one that fits"]),
+        (["predictor=faster_rcnn"], ["two stages", "detector=two_stage"]),
+        (["neck=bifpn_small", "backbone.strides=[8,32]"], ["neck.num_levels", "backbone.strides"]),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        build_detector(None, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words)

@@ -110,6 +110,10 @@ def explain(error: Exception, arguments: Sequence[str], command: str = "train") 
     missing_value = re.search(r"Missing mandatory value: (\S+)", text)
     if missing_value:
         return f"{missing_value.group(1)} must be given: add {missing_value.group(1)}=... to the command"
+    link = re.search(r"Interpolation key '([^']+)' not found", text)
+    if link:
+        part = link.group(1).split(".")[0]
+        return f"the configuration refers to {link.group(1)}, which this {part} does not have: choose one that fits"
     return " ".join(text.split())
 
 

@@ -191,8 +191,8 @@ class ComputeMeter:
         costs = torch.zeros(5, len(static), dtype=torch.float64)
         if routing is not None and routing.gates:
             with torch.no_grad():
-                reference = routing.used() * (REFERENCE_POSITIONS / routing.positions())
-                rows = [routing.used(), routing.soft(), routing.full(), routing.overhead(), reference]
+                to_reference = REFERENCE_POSITIONS / routing.positions()
+                rows = [routing.used(), routing.soft(), routing.full(), routing.overhead(), to_reference]
                 costs = torch.stack([row.detach().cpu().double() for row in rows])
             if costs.shape[1] != len(static):
                 raise ValueError(f"routing has {costs.shape[1]} images, static costs have {len(static)}")
@@ -200,10 +200,11 @@ class ComputeMeter:
             self._state.executed += float(routing.executed())
             self._state.asked += float(routing.asked())
         images = []
-        for parts, (used, soft, full, overhead, reference) in zip(static, costs.T.tolist(), strict=True):
+        for parts, (used, soft, full, overhead, to_reference) in zip(static, costs.T.tolist(), strict=True):
             head = float(parts.get("head", 0.0))
             numbers = {part: float(value) for part, value in parts.items()}
-            images.append(_Image(used + head, soft + head, full + head, overhead, reference, numbers))
+            used = used + head
+            images.append(_Image(used, soft + head, full + head, overhead, used * to_reference, numbers))
         self._state.images += images
         return [image.total for image in images]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyndet.errors import UserError
 from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import FeatureMaps, Head, Images, Predictor, RawMaps
@@ -94,7 +95,12 @@ def assemble_dense(
         predictor: called with `channels` and `strides`.
         budget: see `DenseDetector`.
         precision: see `DenseDetector`.
+
+    Raises:
+        UserError: on a predictor that is no single part.
     """
+    if not callable(predictor):
+        raise UserError("this predictor has two stages: set detector=two_stage, or a dense predictor such as fcos")
     pyramid = neck(in_channels=backbone.channels, in_strides=backbone.strides)
     return DenseDetector(
         preprocess=preprocess,

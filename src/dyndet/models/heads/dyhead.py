@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dyndet.errors import UserError
 from dyndet.models.heads.attention import ScaleAttention, TaskAttention
 from dyndet.ops.deform_conv import modulated_deform_conv
 from dyndet.ops.masked_norm import masked_group_norm
@@ -208,7 +209,7 @@ class DyHead(nn.Module):
             The same maps twice, in the shapes of the input.
 
         Raises:
-            ValueError: if the levels do not halve.
+            UserError: if the levels do not halve.
         """
         _check_halving(features)
         areas: Sequence[Tensor | None] = valid if valid and self.ignore_padding else [None] * len(features)
@@ -252,7 +253,7 @@ def _check_halving(features: Sequence[Tensor]) -> None:
     for finer, coarser in pairwise(features):
         expected = [-(-side // 2) for side in finer.shape[-2:]]
         if list(coarser.shape[-2:]) != expected:
-            raise ValueError(
+            raise UserError(
                 f"DyHead needs levels that halve: {tuple(finer.shape[-2:])} is followed by "
                 f"{tuple(coarser.shape[-2:])}, not by {tuple(expected)}; give it consecutive powers of two as strides"
             )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyndet.errors import UserError
 from dyndet.structures import HeadOutput
 
 
@@ -44,10 +45,10 @@ class SeparableHead(nn.Module):
         Norms see the positions that `valid`, L x (B, 1, H, W) bool, marks: the result does not depend on padding.
 
         Raises:
-            ValueError: on a pyramid of another number of levels.
+            UserError: on a pyramid of another number of levels.
         """
         if len(features) != self.num_levels:
-            raise ValueError(f"the pyramid has {len(features)} levels: set head.num_levels, now {self.num_levels}")
+            raise UserError(f"the pyramid has {len(features)} levels: set head.num_levels, now {self.num_levels}")
         areas: Sequence[Tensor | None] = valid or [None] * len(features)
         cls, reg = (
             [tower(x, level, area) for level, (x, area) in enumerate(zip(features, areas, strict=True))]
