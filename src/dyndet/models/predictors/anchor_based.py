@@ -8,16 +8,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dyndet.models.detectors.base import RawMaps
 from dyndet.models.heads.init import init_normal
-from dyndet.models.predictors.anchors import AnchorGrid, BoxCoder
-from dyndet.models.predictors.maps import flat, last_conv, shapes_of, widened
+from dyndet.models.predictors.anchors import AnchorGrid, AnchorTargets, BoxCoder
+from dyndet.models.predictors.maps import check_labels, flat, last_conv, shapes_of, widened
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Target
+
+
+class Assigner(Protocol):
+    """Which box each anchor of an image answers for."""
+
+    def __call__(
+        self, anchors: Sequence[Tensor], target: Target, num_classes: int, valid: Tensor | None = None
+    ) -> AnchorTargets: ...
 
 
 class AnchorPredictor(nn.Module, ABC):
@@ -126,6 +135,19 @@ class AnchorPredictor(nn.Module, ABC):
                 return None
             valid = widened(valid, self.strides, self.valid_divisor)
         return torch.cat(self._per_anchor(valid), 1)
+
+    def match(
+        self, assigner: Assigner, anchors: Sequence[Tensor], targets: Sequence[Target], trained: Tensor | None
+    ) -> AnchorTargets:
+        """The assigner's word on every image, stacked: labels (B, P) and boxes (B, P, 4).
+
+        Raises:
+            ValueError: if a label is not in 0..K-1.
+        """
+        check_labels(targets, self.num_classes)
+        masks = [None] * len(targets) if trained is None else list(trained)
+        each = [assigner(anchors, target, self.num_classes, mask) for target, mask in zip(targets, masks, strict=True)]
+        return AnchorTargets(torch.stack([item.labels for item in each]), torch.stack([item.boxes for item in each]))
 
     def _per_anchor(self, valid: Sequence[Tensor]) -> list[Tensor]:
         """Position masks -> per level (B, P_l) of the anchors there."""

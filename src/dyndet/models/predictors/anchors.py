@@ -97,7 +97,7 @@ class BoxCoder:
 
 @dataclass(frozen=True)
 class AnchorTargets:
-    """Targets of the P anchors of one image.
+    """Targets of the P anchors of one image, or of B images with a dimension in front.
 
     Attributes:
         labels: (P,) int64: 0..K-1, K for background, -1 where an anchor neither is nor counts as background.

@@ -17,7 +17,7 @@ from dyndet.models.heads.init import fill_bias
 from dyndet.models.predictors.anchor_based import AnchorPredictor
 from dyndet.models.predictors.anchors import AnchorGrid, BoxCoder
 from dyndet.models.predictors.atss_assign import AdaptiveAssigner
-from dyndet.models.predictors.maps import check_labels, flat, flat_levels
+from dyndet.models.predictors.maps import flat, flat_levels
 from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.ops.boxes import centerness_from_ltrb
@@ -97,14 +97,10 @@ class ATSS(AnchorPredictor):
         self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Scalar losses `cls` (focal), `box` (GIoU, weighted by centerness) and `centerness`; see `AnchorPredictor`."""
-        check_labels(targets, self.num_classes)
         levels = self.level_anchors(raw)
         trained = self.trained_anchors(raw, valid)
-        masks = [None] * len(targets) if trained is None else list(trained)
-        assigned = [
-            self.assigner(levels, target, self.num_classes, mask) for target, mask in zip(targets, masks, strict=True)
-        ]
-        labels = torch.stack([item.labels for item in assigned])
+        matched = self.match(self.assigner, levels, targets, trained)
+        labels = matched.labels
         positive = labels < self.num_classes
         divisor = self.normaliser(positive.sum(1))
 
@@ -114,7 +110,7 @@ class ATSS(AnchorPredictor):
         loss_cls = ((each if trained is None else each * trained).sum(1) / divisor).sum()
 
         anchors = torch.cat(levels).expand(len(labels), -1, -1)[positive]
-        boxes = torch.stack([item.boxes for item in assigned])[positive]
+        boxes = matched.boxes[positive]
         centre = (anchors[:, :2] + anchors[:, 2:]) / 2
         ideal = centerness_from_ltrb(torch.cat([centre - boxes[:, :2], boxes[:, 2:] - centre], 1))
         decoded = self.coder.decode(anchors, flat_levels(raw, "box", 4)[positive])

@@ -17,7 +17,7 @@ from dyndet.models.detectors.base import RawMaps
 from dyndet.models.predictors.anchor_based import AnchorPredictor
 from dyndet.models.predictors.anchors import AnchorGrid, BoxCoder
 from dyndet.models.predictors.iou_assign import IoUAssigner
-from dyndet.models.predictors.maps import check_labels, flat_levels
+from dyndet.models.predictors.maps import flat_levels
 from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.structures import Target
@@ -91,14 +91,10 @@ class RetinaNet(AnchorPredictor):
         self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Scalar losses `cls` (focal) and `box` (smooth L1 of deltas); see `AnchorPredictor`."""
-        check_labels(targets, self.num_classes)
         levels = self.level_anchors(raw)
         trained = self.trained_anchors(raw, valid)
-        masks = [None] * len(targets) if trained is None else list(trained)
-        assigned = [
-            self.assigner(levels, target, self.num_classes, mask) for target, mask in zip(targets, masks, strict=True)
-        ]
-        labels = torch.stack([item.labels for item in assigned])
+        matched = self.match(self.assigner, levels, targets, trained)
+        labels = matched.labels
         counts = labels >= 0
         if trained is not None:
             counts = counts & trained
@@ -111,7 +107,7 @@ class RetinaNet(AnchorPredictor):
         loss_cls = ((each * counts).sum(1) / divisor).sum()
 
         anchors = torch.cat(levels).expand(len(labels), -1, -1)[positive]
-        deltas = self.coder.encode(anchors, torch.stack([item.boxes for item in assigned])[positive])
+        deltas = self.coder.encode(anchors, matched.boxes[positive])
         away = F.smooth_l1_loss(flat_levels(raw, "box", 4)[positive], deltas, reduction="none", beta=self.beta)
         share = cast(Tensor, divisor[:, None].expand_as(labels))[positive]
         return {"cls": loss_cls, "box": self.box_weight * (away.sum(1) / share).sum()}
