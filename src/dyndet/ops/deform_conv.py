@@ -1,7 +1,7 @@
 """Modulated deformable convolution (Zhu et al., DCN v2, CVPR 2019).
 
 Torchvision's operator on a GPU; on a CPU, where that one's backward pass is slow, torch's `grid_sample` and a product,
-which take a sixth of the time of a training step and give the same up to rounding.
+which give the same up to rounding (forward and backward 2.6 to 4.8 times as fast, measured in turn on one thread).
 """
 
 from __future__ import annotations
