@@ -41,7 +41,9 @@ def modulated_deform_conv(
         shift = None if bias is None else bias.to(dtype)
         if inputs.device.type == "cpu" and weight.shape[1] == inputs.shape[1]:
             if torch.is_grad_enabled():  # samples are nine times the map: rather take them twice than keep them
-                outputs = checkpoint(_by_grid_sample, x, offset, mask, weight, stride, use_reentrant=False)
+                outputs = checkpoint(
+                    _by_grid_sample, x, offset, mask, weight, stride, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 outputs = _by_grid_sample(x, offset, mask, weight, stride)
             return outputs if shift is None else outputs + shift[:, None, None]

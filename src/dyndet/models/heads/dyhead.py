@@ -216,7 +216,7 @@ class DyHead(nn.Module):
         maps = [x if area is None else x * area for x, area in zip(features, areas, strict=True)]
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                maps = cast(list[Tensor], checkpoint(block, maps, areas, use_reentrant=False))
+                maps = cast(list[Tensor], checkpoint(block, maps, areas, use_reentrant=False, preserve_rng_state=False))
             else:
                 maps = block(maps, areas)
         return HeadOutput(maps, maps)
