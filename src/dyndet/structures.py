@@ -129,6 +129,10 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def __getitem__(self, index: Tensor) -> ImageBatch:
+        """Some of the images: (N,) int64 on the CPU."""
+        return ImageBatch(self.pixels[index.to(self.pixels.device)], self.sizes[index], self.original_sizes[index])
+
     def to(self, device: torch.device | str) -> ImageBatch:
         return ImageBatch(self.pixels.to(device, non_blocking=True), self.sizes, self.original_sizes)
 
@@ -348,6 +352,29 @@ class Routing:
         if total is None:
             raise ValueError("this routing has no gates, so it has no cost")
         return total
+
+
+@dataclass
+class Routes:
+    """Which way every image of a batch took through a cascade.
+
+    Attributes:
+        hard: (B,) bool on the CPU: the second detector's answer was asked for.
+        easiness: (B,) logits of the router on the CPU; difficulty is 1 - sigmoid. None where no router was asked.
+        first: what the first detector's head decided on its images, those that are not hard, in their order.
+        second: what the second's decided on the hard ones.
+    """
+
+    hard: Tensor
+    easiness: Tensor | None = None
+    first: Routing | None = None
+    second: Routing | None = None
+
+    def parts(self) -> list[tuple[bool, list[int], Routing | None]]:
+        """Of either route that was taken: whether it is the hard one, its images, and what its head decided."""
+        ways = [(False, (~self.hard).nonzero()[:, 0].tolist(), self.first)]
+        ways += [(True, self.hard.nonzero()[:, 0].tolist(), self.second)]
+        return [way for way in ways if way[1]]
 
 
 @dataclass

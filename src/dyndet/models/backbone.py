@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyndet.errors import UserError
 from dyndet.models.deformable import deform_stages
+from dyndet.models.stages import Stage, drop_modules, timm_stages
 from dyndet.models.swin import ANY_SIZE, is_swin, pad_windows
 from dyndet.models.weights import load_backbone_weights
+from dyndet.structures import Size
 
 
 class TimmBackbone(nn.Module):
@@ -25,6 +28,8 @@ class TimmBackbone(nn.Module):
     Attributes:
         channels: C of every map, finest first.
         strides: pixels per position of every map.
+
+    It is a `StagedBackbone` as well, if timm's model is a chain of modules.
 
     Args:
         name: timm model name, e.g. "resnet50".
@@ -93,15 +98,88 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised images -> L x (B, C_l, ceil(H / stride_l), ceil(W / stride_l))."""
         height, width = images.shape[-2:]
-        if self.divisor > 1:
-            images = F.pad(images, (0, -width % self.divisor, 0, -height % self.divisor))
-        maps = list(self.body(images))
-        if self.output_norm is not None:
-            maps = maps if self.channels_last else [x.permute(0, 2, 3, 1) for x in maps]
-            maps = [norm(x) for norm, x in zip(self.output_norm, maps, strict=True)]
-        if self.output_norm is not None or self.channels_last:
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
-        return [x[..., : -(-height // s), : -(-width // s)] for x, s in zip(maps, self.strides, strict=True)]
+        maps = self.body(self._padded(images))
+        return self._cropped([self._finished(x, index) for index, x in enumerate(maps)], (height, width))
+
+    @property
+    def stage_channels(self) -> list[int]:
+        return [channels for channels, _ in self._stage_numbers()]
+
+    @property
+    def stage_strides(self) -> list[int]:
+        return [stride for _, stride in self._stage_numbers()]
+
+    @property
+    def link_channels(self) -> list[int]:
+        channels = self.stage_channels
+        return channels if is_swin(self.body) else [3, *channels[:-1]]
+
+    def stages(self) -> list[Stage]:
+        """As of `StagedBackbone`. Links add to a stage's input, of Swin after it was halved."""
+        halving = is_swin(self.body)
+        stages = []
+        for index, modules in enumerate(timm_stages(self.body)):
+            layers = [layer for _, layer in modules]
+            if index == 0:
+                stages.append(Stage(self._padded, partial(self._run, layers, first=True)))
+            elif halving:
+                block: Any = layers[0]
+                stages.append(Stage(partial(self._run, [block.downsample]), partial(self._run, [block.blocks])))
+            else:
+                stages.append(Stage(nn.Identity(), partial(self._run, layers)))
+        return stages
+
+    def drop_stages(self, count: int) -> None:
+        drop_modules(self.body, [name for stage in timm_stages(self.body)[:count] for name, _ in stage])
+
+    def sources(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs of all stages, those that are returned with their norm."""
+        if self.output_norm is None:
+            return list(outputs)
+        returned = self._returned()
+        return [self._normed(x, returned.index(index)) if index in returned else x for index, x in enumerate(outputs)]
+
+    def maps(self, sources: Sequence[Tensor], size: Size) -> list[Tensor]:
+        return self._cropped([sources[index] for index in self._returned()], size)
+
+    def _stage_numbers(self) -> list[tuple[int, int]]:
+        """C and stride of every stage's output."""
+        info: Any = self.body.feature_info
+        numbers = [(item["num_chs"], item["reduction"]) for item in info.info]
+        stages = len(timm_stages(self.body))
+        return [numbers[0], *numbers][:stages] if is_swin(self.body) else numbers[:stages]
+
+    def _returned(self) -> list[int]:
+        """The stage that each returned map comes from: the last at its stride."""
+        strides = self.stage_strides
+        return [len(strides) - 1 - strides[::-1].index(stride) for stride in self.strides]
+
+    def _padded(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if self.divisor == 1:
+            return images
+        return F.pad(images, (0, -width % self.divisor, 0, -height % self.divisor))
+
+    def _run(self, layers: Sequence[nn.Module], x: Tensor, *, first: bool = False) -> Tensor:
+        """Layers one after the other, (B, C, H, W) in and out."""
+        if self.channels_last and not first:
+            x = x.permute(0, 2, 3, 1)
+        for layer in layers:
+            x = layer(x)
+        return x.permute(0, 3, 1, 2) if self.channels_last else x
+
+    def _finished(self, x: Tensor, index: int) -> Tensor:
+        """What timm returns as map `index` -> (B, C, H, W), normed."""
+        return self._normed(x.permute(0, 3, 1, 2) if self.channels_last else x, index)
+
+    def _normed(self, x: Tensor, index: int) -> Tensor:
+        if self.output_norm is None:
+            return x
+        return self.output_norm[index](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _cropped(self, maps: Sequence[Tensor], size: Size) -> list[Tensor]:
+        """Maps of padded images -> of the images."""
+        return [x[..., : -(-size[0] // s), : -(-size[1] // s)] for x, s in zip(maps, self.strides, strict=True)]
 
     def train(self, mode: bool = True) -> TimmBackbone:
         super().train(mode)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dyndet.errors import UserError
 from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
-from dyndet.models.detectors.base import FeatureMaps, Head, Images, Predictor, RawMaps
+from dyndet.models.detectors.base import FeatureMaps, Head, Predictor, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.preprocess import Preprocess
-from dyndet.structures import Detections, HeadOutput, Losses, Routing, Target
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Target
 
 
 class DenseDetector(PyramidDetector):
@@ -49,30 +48,27 @@ class DenseDetector(PyramidDetector):
         )
         self.predictor = predictor
 
-    def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
-        batch = self._batch(images)
-        features, valid = self._features(batch)
+    def losses_from(
+        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
+    ) -> Losses:
+        features, valid = self._features(maps, batch)
         output = self.run_head(features, valid)
-        device = batch.pixels.device
-        wanted = [Target.of(target).without_crowd().to(device) for target in targets]
+        wanted = [Target.of(target).without_crowd().to(batch.pixels.device) for target in targets]
         return self._priced(self.predictor.losses(self._predict(output), wanted, valid), output.routing)
 
-    @torch.no_grad()
-    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
-        batch = self._batch(images)
-        features, valid = self._features(batch)
+    def detect_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Detections], Routing | None]:
+        features, valid = self._features(maps, batch)
         output = self.run_head(features, valid)
         return self.predictor.detections(self._predict(output), batch, valid), output.routing
 
-    def raw_outputs(self, images: Images) -> RawMaps:
-        features, valid = self.pyramid(images)
-        return self._predict(self.run_head(features, valid))
+    def raw_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> RawMaps:
+        return self._predict(self.run_head(*self._features(maps, batch)))
 
     def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
         return self._stages(pixels, head, ("predictor", self.predictor))
 
     def _predict(self, output: HeadOutput) -> RawMaps:
-        return self._run("predictor", self.predictor, output)
+        return self.run_part("predictor", self.predictor, output)
 
 
 def assemble_dense(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyndet.models.budget import Budget
-from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images
+from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images, RawMaps
 from dyndet.models.heads.chain import HeadChain
 from dyndet.models.preprocess import Preprocess
 from dyndet.ops.grid import valid_masks
-from dyndet.structures import HeadOutput, ImageBatch, Losses, Routing, Size
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Size, Target
 
 
 class PyramidDetector(Detector):
@@ -55,24 +56,55 @@ class PyramidDetector(Detector):
     def strides(self) -> list[int]:
         return self.neck.strides
 
+    def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
+        batch = self.batch(images)
+        return self.losses_from(self._maps(batch), batch, targets)
+
+    @torch.no_grad()
+    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
+        batch = self.batch(images)
+        return self.detect_from(self._maps(batch), batch)
+
+    def raw_outputs(self, images: Images) -> RawMaps:
+        batch = self.batch(images)
+        return self.raw_from(self._maps(batch), batch)
+
+    @abstractmethod
+    def losses_from(
+        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
+    ) -> Losses:
+        """`losses` for a batch whose backbone maps are there already."""
+
+    @abstractmethod
+    def detect_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Detections], Routing | None]:
+        """`detect_with_routing` for a batch whose backbone maps are there already."""
+
+    @abstractmethod
+    def raw_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> RawMaps:
+        """`raw_outputs` for a batch whose backbone maps are there already."""
+
     def pyramid(self, images: Images) -> tuple[list[Tensor], list[Tensor] | None]:
         """What the head gets: L x (B, C, H_l, W_l), and L x (B, 1, H_l, W_l) bool, False on padding, or None."""
-        return self._features(self._batch(images))
+        batch = self.batch(images)
+        return self._features(self._maps(batch), batch)
 
     def run_head(self, features: list[Tensor], valid: list[Tensor] | None) -> HeadOutput:
         """The head alone, in its own precision."""
-        return self._run("head", self.head, features, valid)
+        return self.run_part("head", self.head, features, valid)
 
-    def _batch(self, images: Images) -> ImageBatch:
+    def batch(self, images: Images) -> ImageBatch:
+        """Any images as one batch on the detector's device."""
         device = next(self.parameters()).device
         return ImageBatch.of(images, self.preprocess.divisor).to(device)
 
-    def _features(self, batch: ImageBatch) -> tuple[list[Tensor], list[Tensor] | None]:
-        pixels = self.preprocess(batch)
-        features = self._run("neck", self.neck, self._run("backbone", self.backbone, pixels))
+    def _maps(self, batch: ImageBatch) -> list[Tensor]:
+        return self.run_part("backbone", self.backbone, self.preprocess(batch))
+
+    def _features(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Tensor], list[Tensor] | None]:
+        features = self.run_part("neck", self.neck, maps)
         shapes: list[Size] = [(x.shape[-2], x.shape[-1]) for x in features]
         valid = valid_masks(batch.sizes, shapes, self.strides)
-        return features, None if valid is None else [mask.to(pixels.device) for mask in valid]
+        return features, None if valid is None else [mask.to(features[0].device) for mask in valid]
 
     def _priced(self, terms: dict[str, Tensor], routing: Routing | None) -> Losses:
         """The losses, with the budget where something was routed."""
@@ -99,7 +131,7 @@ class PyramidDetector(Detector):
             yield name, run
             value = results[0]
 
-    def _run(self, part: str, module: Callable[..., Any], inputs: Any, *more: Any) -> Any:
+    def run_part(self, part: str, module: Callable[..., Any], inputs: Any, *more: Any) -> Any:
         """A part in its own precision. One without takes inputs like its weights, unless autocast surrounds it."""
         device = next(self.parameters()).device.type
         dtype = self.precision.get(part)

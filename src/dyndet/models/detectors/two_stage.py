@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
-from dyndet.models.detectors.base import FeatureMaps, Head, Images, RawMaps
+from dyndet.models.detectors.base import FeatureMaps, Head, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.none import NoHead
 from dyndet.models.necks.fpn import FPN
@@ -79,27 +78,28 @@ class TwoStageDetector(PyramidDetector):
         self.rpn = rpn
         self.predictor = predictor
 
-    def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
-        """As of `Detector`: `rpn_cls`, `rpn_box`, `cls`, `box` and, where something was routed, `budget`."""
-        batch, sizes, output, valid = self._attended(images)
+    def losses_from(
+        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
+    ) -> Losses:
+        """As of `Detector.losses`: `rpn_cls`, `rpn_box`, `cls`, `box` and, where something was routed, `budget`."""
+        sizes, output, valid = self._attended(maps, batch)
         wanted = [_trainable(target).to(batch.pixels.device) for target in targets]
-        raw = self._run("predictor", self.rpn, output.cls)
+        raw = self.run_part("predictor", self.rpn, output.cls)
         terms = self.rpn.losses(raw, wanted, valid)
         samples = self.predictor.sample(self.rpn.proposals(raw, sizes, valid), wanted)
-        terms |= self._run("predictor", self.predictor.losses, output.cls, samples, wanted, sizes)
+        terms |= self.run_part("predictor", self.predictor.losses, output.cls, samples, wanted, sizes)
         return self._priced(terms, output.routing)
 
-    @torch.no_grad()
-    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
-        batch, sizes, output, valid = self._attended(images)
-        raw = self._run("predictor", self.rpn, output.cls)
+    def detect_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Detections], Routing | None]:
+        sizes, output, valid = self._attended(maps, batch)
+        raw = self.run_part("predictor", self.rpn, output.cls)
         proposals = self.rpn.proposals(raw, sizes, valid)
-        found = self._run("predictor", self.predictor.detections, output.cls, proposals, sizes)
+        found = self.run_part("predictor", self.predictor.detections, output.cls, proposals, sizes)
         return _in_original_pixels(found, batch), output.routing
 
-    def raw_outputs(self, images: Images) -> RawMaps:
+    def raw_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> RawMaps:
         """Per level what the RPN says: `objectness` (B, A, H, W) logits and `deltas` (B, 4A, H, W)."""
-        return self._run("predictor", self.rpn, self._attended(images)[2].cls)
+        return self.run_part("predictor", self.rpn, self._attended(maps, batch)[1].cls)
 
     def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
         """As of `Detector`: "backbone", "neck", "head", "rpn", and "roi" on as many regions as the RPN may propose."""
@@ -114,11 +114,12 @@ class TwoStageDetector(PyramidDetector):
 
         yield from self._stages(pixels, head, ("rpn", rpn), ("roi", roi))
 
-    def _attended(self, images: Images) -> tuple[ImageBatch, list[Size], HeadOutput, list[Tensor] | None]:
-        batch = self._batch(images)
-        features, valid = self._features(batch)
+    def _attended(
+        self, maps: Sequence[Tensor], batch: ImageBatch
+    ) -> tuple[list[Size], HeadOutput, list[Tensor] | None]:
+        features, valid = self._features(maps, batch)
         sizes: list[Size] = [(height, width) for height, width in batch.sizes.tolist()]
-        return batch, sizes, self.run_head(features, valid), valid
+        return sizes, self.run_head(features, valid), valid
 
 
 def _trainable(target: Target | dict[str, Tensor]) -> Target:
