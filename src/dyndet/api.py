@@ -11,10 +11,10 @@ from torch import nn
 from dyndet.checkpoint import Checkpoint, read_checkpoint
 from dyndet.config import build, compose_experiment
 from dyndet.errors import UserError
-from dyndet.models.detectors.pyramid import PyramidDetector
+from dyndet.models.detectors.base import Detector
 
 
-def build_detector(experiment: str | None = None, overrides: Sequence[str] = ()) -> PyramidDetector:
+def build_detector(experiment: str | None = None, overrides: Sequence[str] = ()) -> Detector:
     """The detector of an experiment, with random weights unless a local file is named. Never downloads.
 
     Args:
@@ -25,12 +25,12 @@ def build_detector(experiment: str | None = None, overrides: Sequence[str] = ())
         UserError: on an unknown experiment or key, or values that do not fit.
     """
     config = compose_experiment(experiment, overrides)
-    if config.backbone.weights == "timm":
+    if config.backbone.get("weights") == "timm":
         config.backbone.weights = "none"
     return build(config.detector).eval()
 
 
-def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> PyramidDetector:
+def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> Detector:
     """A trained detector, in eval mode.
 
     Args:
@@ -43,16 +43,17 @@ def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> Pyramid
     return detector_from(read_checkpoint(checkpoint), impl=impl)
 
 
-def detector_from(saved: Checkpoint, *, impl: str | None = None) -> PyramidDetector:
+def detector_from(saved: Checkpoint, *, impl: str | None = None) -> Detector:
     """`load_detector` for a checkpoint that has been read already."""
     config = saved.config.copy()
-    config.backbone.weights = "none"
+    if "weights" in config.backbone:
+        config.backbone.weights = "none"
     if impl is not None:
         head = config.head.get("towers") or config.head  # of a chain, the towers route
         if "impl" not in head:
             raise UserError(f"impl={impl}: the head of {config.name} has no sparse operations")
         head.impl = impl
-    detector: PyramidDetector = build(config.detector)
+    detector: Detector = build(config.detector)
     detector.load_state_dict(saved.weights)
     if config.channels_last:  # as in training, so that the numbers are the same to the last bit
         nn.Module.to(detector, memory_format=torch.channels_last)

@@ -64,10 +64,11 @@ def resume_path(config: DictConfig) -> str | None:
     if wanted is None:
         return None
     if wanted == "last":
-        run = latest_run(config.name)
+        name = f"{config.name}{config.step}"
+        run = latest_run(name)
         if run is None:
             raise UserError(
-                f"ckpt_path=last: no run of {config.name!r} has a checkpoint under {Path('outputs').resolve()}"
+                f"ckpt_path=last: no run of {name!r} has a checkpoint under {Path('outputs').resolve()}"
             )
         return str(run / "checkpoints" / "last.ckpt")
     if not Path(wanted).is_file():

@@ -18,7 +18,7 @@ from dyndet.data.collate import Collate
 from dyndet.data.sources import find_images, read_unlabelled
 from dyndet.data.transforms import Compose
 from dyndet.metrics.compute import ComputeMeter
-from dyndet.metrics.static import StaticCosts
+from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.report.draw import draw_detections
 from dyndet.report.gates import preview
 from dyndet.structures import Category, Detections
@@ -42,7 +42,7 @@ def predict(config: DictConfig) -> Path:
         sample = transform(original, torch.Generator())
         (found,), routing = detector.detect_with_routing(collate([sample]).images)
         found = found.to("cpu")
-        (macs,) = meter.update(routing, [static(sample.image.shape[-2:], routed=routing is not None)])
+        (macs,) = meter_batch(meter, static, routing, [sample.image.shape[-2:]])
         size, threshold = original.target.original_size, config.score_threshold
         if config.gates:
             picture = preview(

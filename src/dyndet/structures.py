@@ -376,6 +376,13 @@ class Routes:
         ways += [(True, self.hard.nonzero()[:, 0].tolist(), self.second)]
         return [way for way in ways if way[1]]
 
+    def of(self, image: int) -> tuple[Routing | None, int]:
+        """What a head decided on an image, and its index in there."""
+        for _, indices, routing in self.parts():
+            if image in indices:
+                return routing, indices.index(image)
+        raise IndexError(f"there is no image {image} in this batch")
+
 
 @dataclass
 class HeadOutput:

@@ -16,7 +16,11 @@ from dyndet.command import run
 from dyndet.config import build
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
+from dyndet.lightning.joint import JointModule
+from dyndet.models.detectors.base import Detector
+from dyndet.models.detectors.cascade import CascadeDetector
 from dyndet.report.summary import print_summary
+from dyndet.step2 import router_parts
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -25,13 +29,18 @@ def train(config: DictConfig) -> dict[str, float]:
     checkpoint = resume_path(config)
     data = build(config.data.module)
     data.setup("fit")  # first, so that wrong paths show before anything slow
-    module = DetectionModule(
-        build(config.detector),
-        categories=data.categories,
-        optimizer=build(config.optim.optimizer),
-        schedule=build(config.optim.schedule),
-        config=cast(dict[str, Any], OmegaConf.to_container(config)),  # unresolved: keys can be overridden later
-    )
+    if "router_loss" in config:
+        module, data = router_parts(config, data)
+    else:
+        detector: Detector = build(config.detector)
+        kind = JointModule if isinstance(detector, CascadeDetector) else DetectionModule
+        module = kind(
+            detector,
+            categories=data.categories,
+            optimizer=build(config.optim.optimizer),
+            schedule=build(config.optim.schedule),
+            config=cast(dict[str, Any], OmegaConf.to_container(config)),  # unresolved: keys can be overridden later
+        )
     if config.channels_last:
         nn.Module.to(module, memory_format=torch.channels_last)
     if config.compile:

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from dyndet.data.datamodule import DetectionDataModule
+from dyndet.data.mixup import MixUp
+from dyndet.data.mosaic import Mosaic
 from dyndet.data.shapes import ShapesDataset
 from dyndet.data.transforms import RandomHorizontalFlip, Resize
 from dyndet.errors import DataError, UserError
@@ -105,11 +107,16 @@ def uninterrupted() -> Learner:
     return learner
 
 
-def check_resume(whole: Learner, path: Any, step: int, hook: str, *, num_workers: int = 0, **trainer: Any) -> None:
+def check_resume(
+    whole: Learner, path: Any, step: int, hook: str, *, num_workers: int = 0, train_mix: Any = None, **trainer: Any
+) -> None:
+    def module() -> DetectionDataModule:
+        return data(num_workers=num_workers, train_mix=train_mix)
+
     with pytest.raises(PowerCutError):
-        fit(data(num_workers=num_workers), Interrupt(path, step, hook), **trainer)
+        fit(module(), Interrupt(path, step, hook), **trainer)
     torch.rand(7)  # the new process has another global random state
-    resumed = fit(data(num_workers=num_workers), ckpt=path, **trainer)
+    resumed = fit(module(), ckpt=path, **trainer)
     assert resumed.seen == whole.seen[step:]
     assert resumed.weights() == whole.weights()
 
@@ -132,6 +139,15 @@ def test_resume_is_bit_exact(uninterrupted, tmp_path, step):
 )
 def test_resume_from_any_hook(uninterrupted, tmp_path, hook, step, options):
     check_resume(uninterrupted, tmp_path / "cut.ckpt", step, hook, **options)
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_resume_with_mosaics(uninterrupted, tmp_path, step):
+    mix = MixUp(Mosaic(32), p=0.5)
+    whole = fit(data(train_mix=mix))
+    assert [ids for ids, _ in whole.seen] == [ids for ids, _ in uninterrupted.seen]
+    assert not {pixels for _, pixels in whole.seen} & {pixels for _, pixels in uninterrupted.seen}
+    check_resume(whole, tmp_path / "cut.ckpt", step, "on_train_batch_end", train_mix=mix)
 
 
 @pytest.mark.slow

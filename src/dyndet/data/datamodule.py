@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dyndet.data.collate import Collate
 from dyndet.data.dataset import DetectionDataset
-from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, keyed_generator
+from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, Mix, keyed_generator
 from dyndet.data.transforms import Compose, Transform
 from dyndet.errors import DataError, UserError
 from dyndet.structures import Batch, Category, Sample
@@ -35,6 +35,7 @@ class DetectionDataModule(LightningDataModule):
         val: the validation set, which is also the test and prediction set, or a callable.
         num_classes: number of classes the model is built for; checked against the data.
         batch_size: training images per process.
+        train_mix: makes a training image of several (a mosaic, say), before the transforms.
         train_transform: one transform or several in order.
         val_transform: the same for evaluation.
         val_batch_size: evaluation images per process; `batch_size` when None.
@@ -59,6 +60,7 @@ class DetectionDataModule(LightningDataModule):
         val: Source,
         num_classes: int,
         batch_size: int,
+        train_mix: Mix | None = None,
         train_transform: Transforms = None,
         val_transform: Transforms = None,
         val_batch_size: int | None = None,
@@ -76,6 +78,7 @@ class DetectionDataModule(LightningDataModule):
         self.num_classes = num_classes
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
+        self.train_mix = train_mix
         self.train_transform = _composed(train_transform)
         self.val_transform = _composed(val_transform)
         self.num_workers = num_workers
@@ -132,7 +135,8 @@ class DetectionDataModule(LightningDataModule):
                 f"the training split gives {len(self._sampler)} images per process, too few for one batch of "
                 f"{self.batch_size}: lower data.batch_size or set data.drop_last=false"
             )
-        return self._loader(KeyedDataset(self.train, self.train_transform, self.seed), batch_sampler=batches)
+        dataset = KeyedDataset(self.train, self.train_transform, self.seed, self.train_mix)
+        return self._loader(dataset, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         rank, world_size = _rank_and_world_size()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -29,6 +29,10 @@ class Indexable(Protocol, Generic[T_co]):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> T_co: ...
+
+
+Mix = Callable[[Indexable[Sample], int, Generator], Sample]
+"""Several images make one: called with the dataset, the index of the first image, and a generator for the rest."""
 
 
 def keyed_generator(*key: int) -> Generator:
@@ -150,12 +154,20 @@ class KeyedDataset(Dataset[Sample]):
         dataset: samples by index.
         transform: gets a generator that depends on (seed, epoch, index) only.
         seed: seed of the transforms.
+        mix: makes a sample of several before it is transformed, with the same generator.
     """
 
-    def __init__(self, dataset: Indexable[Sample], transform: Transform | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: Indexable[Sample],
+        transform: Transform | None = None,
+        seed: int = 0,
+        mix: Mix | None = None,
+    ) -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
+        self.mix = mix
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -163,5 +175,6 @@ class KeyedDataset(Dataset[Sample]):
     def __getitem__(self, key: Key | int) -> Sample:
         # A plain index (the trainer replaces samplers when it overfits) is one of epoch 0.
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        sample = self.dataset[index]
-        return sample if self.transform is None else self.transform(sample, keyed_generator(self.seed, epoch, index))
+        generator = keyed_generator(self.seed, epoch, index)
+        sample = self.dataset[index] if self.mix is None else self.mix(self.dataset, index, generator)
+        return sample if self.transform is None else self.transform(sample, generator)

@@ -78,7 +78,24 @@ class RandomHorizontalFlip:
         self.p = p
 
     def __call__(self, sample: Sample, generator: Generator) -> Sample:
-        return flip(sample) if float(torch.rand((), generator=generator)) < self.p else sample
+        return flip(sample) if chance(self.p, generator) else sample
+
+
+class DropMasks:
+    """Leaves boxes only, once masks have served: they make batches large."""
+
+    def __call__(self, sample: Sample, generator: Generator) -> Sample:
+        return replace(sample, target=replace(sample.target, masks=None))
+
+
+def uniform(low: float, high: float, generator: Generator) -> float:
+    """A number from [low, high)."""
+    return low + (high - low) * float(torch.rand((), dtype=torch.float64, generator=generator))
+
+
+def chance(p: float, generator: Generator) -> bool:
+    """True with probability `p`."""
+    return float(torch.rand((), generator=generator)) < p
 
 
 def shortest_edge_size(size: Size, short: int, max_size: int) -> Size:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.metrics.coco import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
-from dyndet.metrics.static import StaticCosts
+from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.models.detectors.base import Detector
 from dyndet.ops.distributed import broadcast_buffers
 from dyndet.structures import Batch, Category
@@ -66,7 +66,7 @@ class DetectionModule(LightningModule):
         """Updates the metrics; callbacks get the `detections` and the `routing` of the batch."""
         detections, routing = self.detector.detect_with_routing(batch.images)
         sizes = batch.images.sizes.tolist()
-        macs = self.compute.update(routing, [self.static(size, routed=routing is not None) for size in sizes])
+        macs = meter_batch(self.compute, self.static, routing, sizes)
         detections = [replace(found, macs=spent) for found, spent in zip(detections, macs, strict=True)]
         self.ap.update(detections, batch.targets, batch.images.sizes)
         return {"detections": detections, "routing": routing}

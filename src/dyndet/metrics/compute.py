@@ -53,6 +53,7 @@ class ComputeReport:
         open: share of open positions of each gate, mean over images (each weighs the same).
         dead: gates that never opened on any image.
         always_open: gates that were open everywhere on every image.
+        hard: share of the images that a cascade sent to its second detector; None without one.
         level_names: e.g. P3; levels beyond them are called L<index>.
     """
 
@@ -71,6 +72,7 @@ class ComputeReport:
     open: dict[GateKey, float]
     dead: list[GateKey]
     always_open: list[GateKey]
+    hard: float | None = None
     level_names: tuple[str, ...] = ()
 
     def gate_name(self, key: GateKey) -> str:
@@ -96,6 +98,8 @@ class ComputeReport:
             "macs/head_soft_ratio": self.soft_ratio,
             "macs/overhead_mean": self.overhead,
         }
+        if self.hard is not None:
+            scalars["route/hard"] = self.hard
         scalars |= {f"macs/{part}_mean": value for part, value in self.parts.items() if part != "head"}
         scalars |= {f"gates/{self.gate_name(key)}": share for key, share in self.open.items()}
         if self.open:
@@ -124,6 +128,7 @@ class _Image:
     overhead: float
     reference: float
     parts: dict[str, float]
+    hard: bool | None
 
     @property
     def total(self) -> float:
@@ -177,13 +182,16 @@ class ComputeMeter:
     def reset(self) -> None:
         self._state = _State()
 
-    def update(self, routing: Routing | None, static: Sequence[Mapping[str, float]]) -> list[float]:
+    def update(
+        self, routing: Routing | None, static: Sequence[Mapping[str, float]], *, hard: bool | None = None
+    ) -> list[float]:
         """Adds a batch and returns the total multiply-adds of each of its images.
 
         Args:
             routing: what the head decided, None (or without gates) for a static head.
             static: for each image, multiply-adds of every part that always runs. The part named "head" counts as head:
                 its unconditional layers, or all of it when the head is static.
+            hard: the way these images took through a cascade.
 
         Raises:
             ValueError: if routing and static disagree on the number of images.
@@ -204,7 +212,7 @@ class ComputeMeter:
             head = float(parts.get("head", 0.0))
             numbers = {part: float(value) for part, value in parts.items()}
             used = used + head
-            images.append(_Image(used, soft + head, full + head, overhead, used * to_reference, numbers))
+            images.append(_Image(used, soft + head, full + head, overhead, used * to_reference, numbers, hard))
         self._state.images += images
         return [image.total for image in images]
 
@@ -230,6 +238,7 @@ class ComputeMeter:
             open={key: tally.sum / tally.count for key, tally in gates.items()},
             dead=[key for key, tally in gates.items() if tally.max == 0],
             always_open=[key for key, tally in gates.items() if tally.min == 1],
+            hard=_share([image.hard for image in images if image.hard is not None]),
             level_names=self.level_names,
         )
 
@@ -238,6 +247,10 @@ class ComputeMeter:
         for gate, row in zip(gates, densities, strict=True):
             tally = _Tally(len(row), float(row.sum()), float(row.min()), float(row.max()))
             self._state.gates.setdefault((gate.node, gate.path, gate.level), _Tally()).add(tally)
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def pyramid_names(strides: Sequence[int]) -> tuple[str, ...]:

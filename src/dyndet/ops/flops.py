@@ -63,12 +63,18 @@ class MacCounter:
     def __init__(self, detector: Staged) -> None:
         self._shell = copy.deepcopy(detector).to("meta").eval()
 
-    def count(self, size: Size, *, head: bool = True) -> dict[str, int]:
-        """As `count_macs`; head=False leaves the head out, the slowest part to count where it is routed."""
+    def count(self, size: Size, *, head: bool = True, route: str | None = None) -> dict[str, int]:
+        """As `count_macs`.
+
+        Args:
+            size: (H, W) in pixels.
+            head: False leaves the head out, the slowest part to count where it is routed.
+            route: of a cascade, "first" or "second" (the default).
+        """
         pixels = torch.empty(1, 3, *size, device="meta")
         counts: dict[str, int] = {}
         with torch.no_grad():
-            for name, run in self._shell.stages(pixels, head=head):
+            for name, run in self._shell.stages(pixels, head=head, **({} if route is None else {"route": route})):
                 with mac_counter() as counter:
                     run()
                 counts[name] = counts.get(name, 0) + counter.get_total_flops() // 2

@@ -20,7 +20,7 @@ from dyndet.report.style import (
     side_by_side,
     to_picture,
 )
-from dyndet.structures import Detections, PathGate, Routing, Size, Target
+from dyndet.structures import Detections, PathGate, Routes, Routing, Size, Target
 
 
 def compute_map(routing: Routing, index: int, *, strides: Sequence[int], full: bool = False) -> Tensor:
@@ -161,7 +161,7 @@ def preview(
     image: Tensor,
     target: Target | None,
     detections: Detections | None,
-    routing: Routing | None,
+    routing: Routing | Routes | None,
     index: int = 0,
     *,
     names: Sequence[str],
@@ -186,6 +186,10 @@ def preview(
         score_threshold: detections below it are left out.
         min_side: smaller images are enlarged by a whole factor.
     """
+    way = ""
+    if isinstance(routing, Routes):
+        way = f", {_way(routing, index)}"
+        routing, index = routing.of(index)
     height, width = size or (image.shape[-2], image.shape[-1])
     image = image[:, :height, :width]
     panels: list[Image.Image] = []
@@ -204,10 +208,17 @@ def preview(
             min_side=min_side,
         )
         count = int((detections.scores >= score_threshold).sum())
-        panels.append(captioned(boxes, f"detections ({count})"))
+        panels.append(captioned(boxes, f"detections ({count}){way}"))
     if routing is not None and routing.gates:
         panels += gate_panels(image, routing, index, strides=strides, min_side=min_side)
     return side_by_side(panels or [captioned(to_picture(image), "image")])
+
+
+def _way(routes: Routes, index: int) -> str:
+    way = "hard" if routes.hard[index] else "easy"
+    if routes.easiness is None:
+        return way
+    return f"{way} (difficulty {1 - float(routes.easiness[index].sigmoid()):.2f})"
 
 
 def _cut(target: Target, size: Size) -> Target:

@@ -107,7 +107,7 @@ class ResidualLink(nn.Module):
 def run_linked(
     backbone: StagedBackbone,
     images: Tensor,
-    sources: Sequence[Tensor],
+    first: Sequence[Tensor],
     added: Sequence[Sequence[Tensor]],
     *,
     shared: int = 0,
@@ -118,7 +118,7 @@ def run_linked(
     Args:
         backbone: the second one.
         images: (B, 3, H, W) network input.
-        sources: outputs of all stages of the first backbone.
+        first: outputs of all stages of the first backbone.
         added: from `CompositeLinks`.
         shared: the second backbone has so many leading stages less and goes on from the first's.
         cross: the entrance of this stage also reads the first backbone's stage before it: in the released
@@ -127,12 +127,12 @@ def run_linked(
     Returns:
         The outputs of all stages, the shared ones included.
     """
-    outputs = list(sources[:shared])
+    outputs = list(first[:shared])
     x = outputs[-1] if shared else images
     for index, stage in enumerate(backbone.stages()):
         if index < shared:
             continue
-        x = stage.enter(x, sources[index - 1]) if index == cross else stage.enter(x)
+        x = stage.enter(x, first[index - 1]) if index == cross else stage.enter(x)
         for more in added[index]:
             x = x + F.interpolate(more, size=x.shape[-2:], mode="nearest")
         x = stage.body(x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyndet.models.budget import Budget
 from dyndet.models.preprocess import Preprocess
-from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Target
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routes, Routing, Target
 
 RawMaps = list[dict[str, Tensor]]
 """Per level, the predictor's maps by name."""
@@ -74,7 +74,7 @@ class Detector(nn.Module, ABC):
         """
 
     @abstractmethod
-    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
+    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | Routes | None]:
         """Detections per image, in pixels of the original images, and what was decided on the way; in eval mode."""
 
     @abstractmethod

@@ -13,6 +13,7 @@ from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import FeatureMaps, Head, Predictor, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.necks.fpn import FPN
+from dyndet.models.predictors.per_image import image_losses
 from dyndet.models.preprocess import Preprocess
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Target
 
@@ -56,6 +57,14 @@ class DenseDetector(PyramidDetector):
         wanted = [Target.of(target).without_crowd().to(batch.pixels.device) for target in targets]
         return self._priced(self.predictor.losses(self._predict(output), wanted, valid), output.routing)
 
+    def image_losses_from(
+        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
+    ) -> Tensor:
+        features, valid = self._features(maps, batch)
+        raw = self._predict(self.run_head(features, valid))
+        wanted = [Target.of(target).without_crowd().to(batch.pixels.device) for target in targets]
+        return image_losses(self.predictor, raw, wanted, valid)
+
     def detect_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Detections], Routing | None]:
         features, valid = self._features(maps, batch)
         output = self.run_head(features, valid)
@@ -64,8 +73,8 @@ class DenseDetector(PyramidDetector):
     def raw_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> RawMaps:
         return self._predict(self.run_head(*self._features(maps, batch)))
 
-    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        return self._stages(pixels, head, ("predictor", self.predictor))
+    def stages_after(self, maps: Sequence[Tensor], *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
+        return self._stages(maps, head, ("predictor", self.predictor))
 
     def _predict(self, output: HeadOutput) -> RawMaps:
         return self.run_part("predictor", self.predictor, output)

@@ -83,6 +83,17 @@ class PyramidDetector(Detector):
     def raw_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> RawMaps:
         """`raw_outputs` for a batch whose backbone maps are there already."""
 
+    def image_losses_from(
+        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
+    ) -> Tensor:
+        """(B,) detection losses of every image by itself, without the budget; in eval mode, without gradients."""
+        totals = []
+        for index, target in enumerate(targets):
+            one = [x[index : index + 1] for x in maps]
+            terms = self.losses_from(one, batch[torch.tensor([index])], [target]).terms
+            totals.append(torch.stack([value for name, value in terms.items() if name != "budget"]).sum())
+        return torch.stack(totals)
+
     def pyramid(self, images: Images) -> tuple[list[Tensor], list[Tensor] | None]:
         """What the head gets: L x (B, C, H_l, W_l), and L x (B, 1, H_l, W_l) bool, False on padding, or None."""
         batch = self.batch(images)
@@ -112,12 +123,21 @@ class PyramidDetector(Detector):
             terms = terms | {"budget": self.budget(routing)}
         return Losses(terms, routing)
 
+    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
+        results: list[Any] = []
+        yield "backbone", lambda: results.append(self.backbone(pixels))
+        yield from self.stages_after(results[0], head=head)
+
+    @abstractmethod
+    def stages_after(self, maps: Sequence[Tensor], *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """`stages` from the backbone's maps on."""
+
     def _stages(
-        self, pixels: Tensor, head: bool, *parts: tuple[str, Callable[[Any], Any]]
+        self, maps: Sequence[Tensor], head: bool, *parts: tuple[str, Callable[[Any], Any]]
     ) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """`Detector.stages` of backbone, neck, head and the parts that follow, each called with what came before."""
-        value: Any = pixels
-        for name, part in (("backbone", self.backbone), ("neck", self.neck), ("head", self.head), *parts):
+        """`stages_after` of neck, head and the parts that follow, each called with what came before."""
+        value: Any = maps
+        for name, part in (("neck", self.neck), ("head", self.head), *parts):
             if name == "head" and not head:
                 if not isinstance(part, HeadChain):
                     value = HeadOutput(value, value)

@@ -101,8 +101,8 @@ class TwoStageDetector(PyramidDetector):
         """Per level what the RPN says: `objectness` (B, A, H, W) logits and `deltas` (B, 4A, H, W)."""
         return self.run_part("predictor", self.rpn, self._attended(maps, batch)[1].cls)
 
-    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """As of `Detector`: "backbone", "neck", "head", "rpn", and "roi" on as many regions as the RPN may propose."""
+    def stages_after(self, maps: Sequence[Tensor], *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """As of `Detector.stages`: "neck", "head", "rpn", and "roi" on as many regions as the RPN may propose."""
 
         def rpn(output: HeadOutput) -> Tensor:
             self.rpn(output.cls)
@@ -112,7 +112,7 @@ class TwoStageDetector(PyramidDetector):
             count, size = self.rpn.max_proposals * len(features), self.predictor.size
             return self.predictor(features.new_zeros(count, features.shape[1], size, size))
 
-        yield from self._stages(pixels, head, ("rpn", rpn), ("roi", roi))
+        yield from self._stages(maps, head, ("rpn", rpn), ("roi", roi))
 
     def _attended(
         self, maps: Sequence[Tensor], batch: ImageBatch

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ConvNorm(nn.Module):
@@ -22,11 +24,15 @@ class ConvNorm(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
-        self.norm: nn.Module = batch_norm(out_channels)
+        self.norm = batch_norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ceil(H / stride), ceil(W / stride))."""
         return F.silu(self.norm(self.conv(x)))
+
+    def fused(self) -> nn.Module:
+        """Without the norm, for inference."""
+        return nn.Sequential(fuse_conv_bn_eval(self.conv, self.norm), nn.SiLU())
 
 
 class ELAN(nn.Module):
@@ -49,7 +55,7 @@ class ELAN(nn.Module):
         self.first = ConvNorm(in_channels, width)
         self.second = ConvNorm(in_channels, width)
         widths = [width] + [chain_width] * taps[0]
-        self.chain = nn.ModuleList(ConvNorm(a, b, 3) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.chain = nn.ModuleList(ConvNorm(a, b, 3) for a, b in pairwise(widths))
         self.taps = list(taps)
         self.out = ConvNorm(len(taps) * chain_width + 2 * width, out_channels)
 
@@ -123,6 +129,16 @@ class RepConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)."""
         return F.silu(self.wide_norm(self.wide(x)) + self.point_norm(self.point(x)))
+
+    @torch.no_grad()
+    def fused(self) -> nn.Module:
+        """One 3x3 convolution, for inference."""
+        conv = fuse_conv_bn_eval(self.wide, self.wide_norm)
+        point = fuse_conv_bn_eval(self.point, self.point_norm)
+        assert conv.bias is not None and point.bias is not None
+        conv.weight += F.pad(point.weight, (1, 1, 1, 1))
+        conv.bias += point.bias
+        return nn.Sequential(conv, nn.SiLU())
 
 
 class SpaceToDepth(nn.Module):

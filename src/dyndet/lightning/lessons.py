@@ -1,0 +1,104 @@
+"""One pass over the training set, kept: what the router learns from does not change while it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch.utils.data import DataLoader
+
+from dyndet.data.datamodule import DetectionDataModule
+from dyndet.data.sampler import KeyedDataset, keyed_generator
+from dyndet.lightning.router import Lesson, learn
+from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.structures import Category, Sample
+
+CHUNK = 64
+"""Batches that go into one file."""
+
+
+def collect(
+    detector: CascadeDetector, data: DetectionDataModule, *, passes: int, device: torch.device, folder: Path
+) -> Lesson:
+    """Runs both detectors over the training set.
+
+    What is done is kept in `folder`, so that an interrupted pass goes on where it stopped and a finished one is read.
+
+    Args:
+        detector: goes to `device` and into eval mode.
+        data: set up for fitting.
+        passes: over the training set, each with its own random augmentation.
+        device: to compute on.
+        folder: for this detector and this data alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images = len(data.train)
+    keys = [(epoch, index) for epoch in range(passes) for index in range(images)]
+    batches = [keys[i : i + data.batch_size] for i in range(0, len(keys), data.batch_size)]
+    chunks = [batches[i : i + CHUNK] for i in range(0, len(batches), CHUNK)]
+    files = [folder / f"{number:05d}.pt" for number in range(len(chunks))]
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    if missing:
+        detector.to(device).eval()
+        dataset = KeyedDataset(data.train, data.train_transform, data.seed)
+        wanted = [batch for number in missing for batch in chunks[number]]
+        loader = DataLoader(
+            dataset,
+            batch_sampler=wanted,  # type: ignore[arg-type]
+            collate_fn=data.collate,
+            num_workers=data.num_workers,
+            generator=keyed_generator(data.seed),
+        )
+        arriving = iter(track(loader, description="both detectors on every training image"))
+        for number in missing:
+            torch.manual_seed(data.seed + number)  # second stages draw samples
+            parts = [learn(detector, next(arriving).to(device)) for _ in chunks[number]]
+            _save(_joined(parts), files[number])
+    return _joined([Lesson(**torch.load(file, weights_only=True)) for file in files])
+
+
+class Lessons:
+    """Lessons as a training set.
+
+    Args:
+        lesson: of all N images, pooled (N, channels) and losses (2, N).
+        categories: of the data.
+    """
+
+    def __init__(self, lesson: Lesson, categories: Sequence[Category]) -> None:
+        self.lesson = lesson
+        self.categories = list(categories)
+        self.sizes = [(1, 1)] * len(self)
+
+    def __len__(self) -> int:
+        return len(self.lesson.pooled)
+
+    def __getitem__(self, index: int) -> Lesson:
+        return Lesson(self.lesson.pooled[index], self.lesson.losses[:, index])
+
+
+class LessonDataModule(DetectionDataModule):
+    """A data module whose training set are `Lessons`; everything else is as of `DetectionDataModule`."""
+
+    def _loader(self, dataset: KeyedDataset, **kwargs: Any) -> DataLoader[Sample]:
+        if isinstance(dataset.dataset, Lessons):
+            return DataLoader(dataset, collate_fn=_batch, generator=keyed_generator(self.seed), **kwargs)
+        return super()._loader(dataset, **kwargs)
+
+
+def _batch(lessons: Sequence[Lesson]) -> Lesson:
+    return Lesson(torch.stack([item.pooled for item in lessons]), torch.stack([item.losses for item in lessons], 1))
+
+
+def _joined(parts: Sequence[Lesson]) -> Lesson:
+    return Lesson(torch.cat([part.pooled for part in parts]), torch.cat([part.losses for part in parts], 1))
+
+
+def _save(lesson: Lesson, file: Path) -> None:
+    """All or nothing: an interruption leaves no half file."""
+    part = file.with_suffix(".part")
+    torch.save({"pooled": lesson.pooled.cpu(), "losses": lesson.losses.cpu()}, part)
+    part.rename(file)

@@ -1,0 +1,101 @@
+"""Step 2 of a cascade: both detectors are fixed, the router learns which images need the second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dyndet.errors import UserError
+from dyndet.lightning.detection import DetectionModule
+from dyndet.models.cascade.offset import Offset, router_loss
+from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.structures import Batch, Category
+
+
+class Lesson(NamedTuple):
+    """What the router learns from some images.
+
+    Attributes:
+        pooled: (B, channels) what it reads.
+        losses: (2, B) of the first and of the second detector.
+    """
+
+    pooled: Tensor
+    losses: Tensor
+
+
+class RouterModule(DetectionModule):
+    """Trains the router of a cascade, on batches of images or on lessons that were kept from an earlier pass.
+
+    Logs the loss, d = L1 - L2, the offset, the mean easiness, and how many images are hard at an easiness of 1/2.
+
+    Args:
+        detector: a cascade with a router; everything else in it is frozen.
+        offset: when an image counts as hard.
+        categories: see `DetectionModule`.
+        optimizer: called with the detector; only the router is left to optimise.
+        schedule: see `DetectionModule`.
+        config: see `DetectionModule`.
+    """
+
+    detector: CascadeDetector
+
+    def __init__(
+        self,
+        detector: CascadeDetector,
+        *,
+        offset: Offset,
+        categories: Sequence[Category],
+        optimizer: Callable[..., Optimizer] | None = None,
+        schedule: Callable[..., LRScheduler] | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(detector, CascadeDetector) or detector.router is None:
+            raise UserError("only a cascade has a router to train: choose a dy_ experiment")
+        super().__init__(detector, categories=categories, optimizer=optimizer, schedule=schedule, config=config)
+        self.offset = offset
+        detector.requires_grad_(False)
+        detector.router.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> LightningModule:
+        """The detectors stay in eval mode: their norms and samplers are fixed as well."""
+        super().train(mode)
+        self.detector.eval()
+        return self
+
+    def training_step(self, batch: Batch | Lesson, batch_idx: int) -> STEP_OUTPUT:
+        lesson = learn(self.detector, batch) if isinstance(batch, Batch) else Lesson(*batch)
+        easiness = self.detector.easiness(lesson.pooled)
+        difference = lesson.losses[0] - lesson.losses[1]
+        offset = self.offset(difference)
+        loss = router_loss(easiness, lesson.losses, offset)
+        values = {
+            "loss": loss,
+            "difference": difference.mean(),
+            "offset": torch.tensor(offset),
+            "easiness": easiness.sigmoid().mean(),
+            "hard": (easiness < 0).float().mean(),
+        }
+        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(easiness))
+        return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["dyndet"]["offset"] = self.offset.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.offset.restore(checkpoint["dyndet"]["offset"])
+
+
+@torch.no_grad()
+def learn(detector: CascadeDetector, batch: Batch) -> Lesson:
+    """Runs both detectors over a batch; in eval mode."""
+    seen, losses = detector.image_losses(batch.images, batch.targets)
+    return Lesson(detector.pooled(seen), losses)

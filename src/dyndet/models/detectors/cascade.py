@@ -1,0 +1,289 @@
+"""A cascade of two detectors and a router between them (DynamicDet, Lin et al., CVPR 2023).
+
+Easy images: the first backbone, its neck and head. Hard ones: both backbones, the second reading the first through
+composite links, then the second neck and head; the first's do not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dyndet.errors import UserError
+from dyndet.models.cascade.links import CompositeLinks, run_linked
+from dyndet.models.cascade.router import Router
+from dyndet.models.detectors.base import Detector, Images, RawMaps
+from dyndet.models.detectors.pyramid import PyramidDetector
+from dyndet.models.stages import StagedBackbone, run_stages
+from dyndet.ops.grid import valid_masks
+from dyndet.structures import Detections, ImageBatch, Losses, Routes, Routing, Size, Target
+
+Route = Literal["first", "second"]
+
+
+class CascadeDetector(Detector):
+    """Two detectors of one kind, the second of which starts from what the first has seen.
+
+    Without a router every image is hard: what a cascade is before its router is trained.
+
+    Args:
+        first: answers for easy images.
+        second: answers for hard ones; its backbone has the same stages as the first's. It may share the neck, the head
+            and the predictor with the first.
+        links: from the first backbone to the second.
+        router: the first backbone's maps -> easiness.
+        shared_stages: the second backbone goes on from so many leading stages of the first.
+        cross: see `run_linked`.
+        threshold: an image is hard when the logit of its easiness lies below; -inf makes all easy, inf all hard.
+
+    Attributes:
+        threshold: as above; may be set between calls.
+    """
+
+    def __init__(
+        self,
+        *,
+        first: PyramidDetector,
+        second: PyramidDetector,
+        links: CompositeLinks,
+        router: Router | None = None,
+        shared_stages: int = 0,
+        cross: int | None = None,
+        threshold: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+        self.links = links
+        self.router = router
+        self.shared_stages = shared_stages
+        self.cross = cross
+        self.threshold = threshold
+        self.preprocess = first.preprocess
+        self.budget = second.budget
+        if shared_stages:
+            _staged(second).drop_stages(shared_stages)
+
+    @property
+    def strides(self) -> list[int]:
+        return self.second.strides
+
+    def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
+        """Both detectors' losses, equally weighted (`first/...` and `second/...`), and the second's routing."""
+        first, second = self.both_losses(images, targets)
+        terms = {f"first/{name}": value for name, value in first.terms.items()}
+        terms |= {f"second/{name}": value for name, value in second.terms.items()}
+        return Losses(terms, second.routing)
+
+    def both_losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> tuple[Losses, Losses]:
+        """The losses of either detector."""
+        seen = self.look(images)
+        first = self.first.losses_from(self._easy_maps(seen), seen.batch, targets)
+        return first, self.second.losses_from(self._hard_maps(seen), seen.batch, targets)
+
+    @torch.no_grad()
+    def image_losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> tuple[Seen, Tensor]:
+        """What the router learns from: what the first backbone saw, and (2, B) losses of every image by itself, of the
+        first and of the second detector.
+        """
+        seen = self.look(images)
+        first = self.first.image_losses_from(self._easy_maps(seen), seen.batch, targets)
+        second = self.second.image_losses_from(self._hard_maps(seen), seen.batch, targets)
+        return seen, torch.stack([first, second])
+
+    def look(self, images: Images) -> Seen:
+        """Runs the first backbone."""
+        batch = self.first.batch(images)
+        pixels = self.preprocess(batch)
+        outputs = self.first.run_part("backbone", lambda x: run_stages(_staged(self.first).stages(), x), pixels)
+        return Seen(batch, pixels, outputs, _staged(self.first).sources(outputs))
+
+    def pooled(self, seen: Seen) -> Tensor:
+        """What the router reads, (B, sum of channels).
+
+        Raises:
+            ValueError: without a router.
+        """
+        if self.router is None:
+            raise ValueError("this cascade has no router yet: train one")
+        if not self.router.masked:
+            return self.router.pool(seen.sources)
+        shapes = [(x.shape[-2], x.shape[-1]) for x in seen.sources]
+        valid = valid_masks(seen.batch.sizes, shapes, _staged(self.first).stage_strides)
+        return self.router.pool(
+            seen.sources, None if valid is None else [mask.to(seen.pixels.device) for mask in valid]
+        )
+
+    def easiness(self, pooled: Tensor) -> Tensor:
+        """What `pooled` gives -> (B,) logits in full precision: in half precision easy images would tie.
+
+        Raises:
+            ValueError: without a router.
+        """
+        if self.router is None:
+            raise ValueError("this cascade has no router yet: train one")
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.router(pooled)
+
+    @torch.no_grad()
+    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routes]:
+        return self.detect_by(images)
+
+    @torch.no_grad()
+    def detect_by(self, images: Images, route: Route | None = None) -> tuple[list[Detections], Routes]:
+        """`detect_with_routing`; `route` sends all images one way, and the router is not asked."""
+        seen = self.look(images)
+        if route is None and self.router is not None:
+            easiness = self.easiness(self.pooled(seen)).cpu()
+            routes = Routes(easiness < self.threshold, easiness)
+        else:
+            routes = Routes(torch.full((len(seen.batch),), route != "first"))
+        found: list[Detections | None] = [None] * len(seen.batch)
+        for hard, indices, _ in routes.parts():
+            some = seen.only(indices)
+            if hard:
+                answers, routing = self.second.detect_from(self._hard_maps(some), some.batch)
+                routes.second = _named(routing, "second")
+            else:
+                answers, routing = self.first.detect_from(self._easy_maps(some), some.batch)
+                routes.first = _named(routing, "first")
+            for index, answer in zip(indices, answers, strict=True):
+                found[index] = answer
+        return cast(list[Detections], found), routes
+
+    def raw_outputs(self, images: Images, route: Route = "second") -> RawMaps:
+        """The maps of one of the two detectors, as `Detector.raw_outputs`."""
+        seen = self.look(images)
+        if route == "first":
+            return self.first.raw_from(self._easy_maps(seen), seen.batch)
+        return self.second.raw_from(self._hard_maps(seen), seen.batch)
+
+    def stages(
+        self, pixels: Tensor, *, head: bool = True, route: Route = "second"
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """As of `Detector`, for one route: "backbone", "router", for hard images "links" and "backbone2", and what that
+        detector has after its backbone.
+        """
+        results: dict[str, Any] = {}
+
+        def part(name: str, run: Callable[[], Any]) -> tuple[str, Callable[[], None]]:
+            return name, lambda: results.__setitem__(name, run())
+
+        yield part("backbone", lambda: run_stages(_staged(self.first).stages(), pixels))
+        outputs = results["backbone"]
+        seen = Seen(ImageBatch.of(pixels), pixels, outputs, _staged(self.first).sources(outputs))
+        if self.router is not None:
+            router = self.router
+            yield part("router", lambda: router(router.pool(seen.sources)))
+        if route == "first":
+            yield from self.first.stages_after(self._easy_maps(seen), head=head)
+            return
+        yield part("links", lambda: self.links(seen.sources))
+        yield part("backbone2", lambda: self._run_second(seen, results["links"]))
+        yield from self.second.stages_after(results["backbone2"], head=head)
+
+    def _easy_maps(self, seen: Seen) -> list[Tensor]:
+        return _staged(self.first).maps(seen.sources, seen.size)
+
+    def _hard_maps(self, seen: Seen) -> list[Tensor]:
+        values = [seen.pixels, seen.outputs, seen.sources]
+        return self.second.run_part(
+            "backbone", lambda x: self._run_second(Seen(seen.batch, *x), self.links(x[2])), values
+        )
+
+    def _run_second(self, seen: Seen, added: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        second = _staged(self.second)
+        outputs = run_linked(second, seen.pixels, seen.outputs, added, shared=self.shared_stages, cross=self.cross)
+        return second.maps(second.sources(outputs), seen.size)
+
+
+class Seen(NamedTuple):
+    """What the first backbone has seen of a batch.
+
+    Attributes:
+        batch: the images.
+        pixels: (B, 3, H, W) network input.
+        outputs: of the backbone's stages.
+        sources: the same as links, router and neck read them.
+    """
+
+    batch: ImageBatch
+    pixels: Tensor
+    outputs: Sequence[Tensor]
+    sources: Sequence[Tensor]
+
+    @property
+    def size(self) -> Size:
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+    def only(self, indices: Sequence[int]) -> Seen:
+        """Some of the images, without a copy when it is all of them."""
+        if len(indices) == len(self.batch):
+            return self
+        index = torch.tensor(indices)
+        there = index.to(self.pixels.device)
+        return Seen(
+            self.batch[index], self.pixels[there], [x[there] for x in self.outputs], [x[there] for x in self.sources]
+        )
+
+
+def _staged(detector: PyramidDetector) -> StagedBackbone:
+    return cast(StagedBackbone, detector.backbone)
+
+
+def _named(routing: Routing | None, detector: Route) -> Routing | None:
+    """The same decisions, told apart from those of the other detector."""
+    if routing is None:
+        return None
+    return Routing([replace(gate, node=f"{detector}.{gate.node}") for gate in routing.gates], routing.work)
+
+
+def assemble_cascade(
+    *,
+    first: PyramidDetector,
+    second: PyramidDetector,
+    link: Callable[..., nn.Module],
+    first_link: int,
+    shared_stages: int = 0,
+    cross: int | None = None,
+    share_neck_head: bool = False,
+    router: Callable[..., Router] | None = None,
+) -> CascadeDetector:
+    """Builds a `CascadeDetector` from two detectors and parts that wait for the widths of their backbones.
+
+    Args:
+        first: ready.
+        second: ready, of the same kind.
+        link: see `CompositeLinks`.
+        first_link: see `CompositeLinks`.
+        shared_stages: see `CascadeDetector`.
+        cross: see `CascadeDetector`.
+        share_neck_head: the second detector uses the neck of the first and everything behind it.
+        router: called with `stage_channels`; None leaves it out.
+
+    Raises:
+        UserError: if the backbones cannot be linked so.
+    """
+    backbone = _staged(second)
+    stages = len(backbone.stage_channels)
+    lowest = max(shared_stages, 1 if backbone.link_channels[0] == 3 else 0)  # a stem that reads pixels takes no links
+    if not lowest <= first_link < stages:
+        raise UserError(
+            f"detector.first_link={first_link}: links can begin at stages {lowest} to {stages - 1} of this backbone"
+        )
+    if share_neck_head:
+        for name, part in first.named_children():
+            if name not in ("preprocess", "backbone"):
+                setattr(second, name, part)
+    return CascadeDetector(
+        first=first,
+        second=second,
+        links=CompositeLinks(_staged(first).stage_channels, backbone.link_channels, first=first_link, link=link),
+        router=None if router is None else router(stage_channels=_staged(first).stage_channels),
+        shared_stages=shared_stages,
+        cross=cross,
+    )

@@ -1,0 +1,115 @@
+"""Step 2 of a cascade: what `python -m dyndet.train` puts together when the experiment has a `router_loss`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dyndet.checkpoint import read_checkpoint
+from dyndet.config import build
+from dyndet.data.datamodule import DetectionDataModule
+from dyndet.errors import UserError
+from dyndet.lightning.lessons import LessonDataModule, Lessons, collect
+from dyndet.lightning.router import RouterModule
+from dyndet.models.cascade.offset import make_offset
+from dyndet.models.detectors.cascade import CascadeDetector
+
+
+def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterModule, DetectionDataModule]:
+    """The module that trains the router of `config.init`, and the data that it learns from.
+
+    Args:
+        config: of an experiment with `+router=...`.
+        data: its images, set up for fitting.
+
+    Raises:
+        UserError: if the checkpoint does not hold this cascade.
+    """
+    detector: CascadeDetector = build(config.detector)
+    load_detectors(detector, config.init, data)
+    lessons = None
+    if config.router.cached:
+        device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+        folder = Path(config.router.cache) / _fingerprint(config)
+        lessons = collect(detector, data, passes=config.router.passes, device=device, folder=folder)
+        data = _lesson_data(config, Lessons(lessons, data.categories))
+    loss = config.router_loss
+    try:
+        offset = make_offset(
+            loss.offset,
+            weight=loss.weight,
+            differences=None if lessons is None else lessons.losses[0] - lessons.losses[1],
+        )
+    except ValueError as error:
+        raise UserError(f"router_loss: {error}") from error
+    module = RouterModule(
+        detector,
+        offset=offset,
+        categories=data.categories,
+        optimizer=build(config.optim.optimizer),
+        schedule=build(config.optim.schedule),
+        config=cast(dict[str, Any], OmegaConf.to_container(config)),
+    )
+    return module, data
+
+
+def load_detectors(detector: CascadeDetector, init: str, data: DetectionDataModule) -> None:
+    """Takes everything but the router from a checkpoint of step 1.
+
+    Raises:
+        UserError: if there is none, or it is of something else.
+    """
+    saved = read_checkpoint(init)
+    if saved.categories != data.categories:
+        raise UserError(f"init={init} was trained on other categories than those of the data: {saved.categories}")
+    weights = {name: value for name, value in saved.weights.items() if not name.startswith("router.")}
+    try:
+        result = detector.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"init={init} is of another cascade: {str(error).splitlines()[1].strip()}") from error
+    missing = [name for name in result.missing_keys if not name.startswith("router.")]
+    if missing or result.unexpected_keys:
+        odd = [*missing, *result.unexpected_keys]
+        raise UserError(
+            f"init={init} is of another detector than experiment {config_name(saved.config)}: {len(odd)} tensors do "
+            f"not fit, such as {odd[0]}"
+        )
+
+
+def config_name(config: DictConfig) -> str:
+    return str(config.get("name", "?"))
+
+
+def _fingerprint(config: DictConfig) -> str:
+    """Names everything that lessons depend on."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (config.data, config.detector, config.preprocess, config.seed, config.router.passes):
+        text = OmegaConf.to_yaml(part, resolve=True) if isinstance(part, DictConfig) else repr(part)
+        digest.update(text.encode())
+    with Path(config.init).open("rb") as file:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _lesson_data(config: DictConfig, lessons: Lessons) -> DetectionDataModule:
+    """The data module of the experiment with lessons for training."""
+    module = OmegaConf.create(OmegaConf.to_container(config.data.module, resolve=True))
+    module._target_ = f"{LessonDataModule.__module__}.{LessonDataModule.__name__}"
+    module._partial_ = True
+    data: DetectionDataModule = build(
+        module,
+        train=lessons,
+        train_transform=None,
+        batch_size=config.router.batch_size,
+        val_batch_size=config.data.module.get("val_batch_size") or config.data.module.batch_size,
+        group_by_aspect=False,
+        drop_last=False,
+        max_train=None,
+    )
+    data.setup("fit")
+    return data
