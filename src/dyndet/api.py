@@ -12,6 +12,7 @@ from dyndet.checkpoint import Checkpoint, read_checkpoint
 from dyndet.config import build, compose_experiment
 from dyndet.errors import UserError
 from dyndet.models.detectors.base import Detector
+from dyndet.speed import Calibration, set_speed
 
 
 def build_detector(experiment: str | None = None, overrides: Sequence[str] = ()) -> Detector:
@@ -30,20 +31,22 @@ def build_detector(experiment: str | None = None, overrides: Sequence[str] = ())
     return build(config.detector).eval()
 
 
-def load_detector(checkpoint: str | Path, *, impl: str | None = None) -> Detector:
+def load_detector(checkpoint: str | Path, *, impl: str | None = None, speed: str | None = None) -> Detector:
     """A trained detector, in eval mode.
 
     Args:
         checkpoint: written by `dyndet.train`.
         impl: execution of the sparse operations ("auto", "dense", "gather", "triton"); None keeps the experiment's.
+        speed: for instance "macs:60e9" or "easy", see `dyndet.speed`; None leaves it as trained.
 
     Raises:
-        UserError: if the file is not a checkpoint of ours, or has no sparse operations to run by `impl`.
+        UserError: if the file is not a checkpoint of ours, has no sparse operations to run by `impl`, or cannot run at
+            this speed.
     """
-    return detector_from(read_checkpoint(checkpoint), impl=impl)
+    return detector_from(read_checkpoint(checkpoint), impl=impl, speed=speed)
 
 
-def detector_from(saved: Checkpoint, *, impl: str | None = None) -> Detector:
+def detector_from(saved: Checkpoint, *, impl: str | None = None, speed: str | None = None) -> Detector:
     """`load_detector` for a checkpoint that has been read already."""
     config = saved.config.copy()
     if "weights" in config.backbone:
@@ -57,4 +60,6 @@ def detector_from(saved: Checkpoint, *, impl: str | None = None) -> Detector:
     detector.load_state_dict(saved.weights)
     if config.channels_last:  # as in training, so that the numbers are the same to the last bit
         nn.Module.to(detector, memory_format=torch.channels_last)
+    if speed is not None:
+        set_speed(detector, speed, None if saved.calibration is None else Calibration.of(saved.calibration))
     return detector.eval()

@@ -24,11 +24,13 @@ class Checkpoint:
         config: the experiment that was trained.
         categories: label k is `categories[k]`.
         weights: of the detector (the averaged ones where training kept an average).
+        calibration: what `python -m dyndet.calibrate` measured, see `dyndet.speed.Calibration`; None before.
     """
 
     config: DictConfig
     categories: list[Category]
     weights: dict[str, Tensor]
+    calibration: dict[str, Any] | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -37,7 +39,36 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: if the file is missing, damaged, not ours, or holds anything but plain data.
     """
-    path = Path(path)
+    content = _content(Path(path))
+    extra = content["dyndet"]
+    prefix = "detector."
+    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    return Checkpoint(
+        DictConfig(extra["config"]),
+        [Category(item["id"], item["name"]) for item in extra["categories"]],
+        weights,
+        extra.get("calibration"),
+    )
+
+
+def write_calibration(path: str | Path, calibration: dict[str, Any], out: str | Path | None = None) -> Path:
+    """Puts a calibration into a checkpoint, everything else as it is, and returns the file.
+
+    Args:
+        path: the checkpoint.
+        calibration: plain containers.
+        out: where to write; over `path` when None.
+    """
+    content = _content(Path(path))
+    content["dyndet"]["calibration"] = calibration
+    target = Path(out or path)
+    part = target.with_name(f"{target.name}.part")
+    torch.save(content, part)
+    part.replace(target)
+    return target
+
+
+def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path.resolve()}: set ckpt to a file such as RUN/checkpoints/last.ckpt")
     try:
@@ -46,12 +77,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or "dyndet" not in content or "state_dict" not in content:
         raise UserError(f"{path} was not written by dyndet.train")
-    extra = content["dyndet"]
-    prefix = "detector."
-    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    return Checkpoint(
-        DictConfig(extra["config"]), [Category(item["id"], item["name"]) for item in extra["categories"]], weights
-    )
+    return content
 
 
 def resume_path(config: DictConfig) -> str | None:
@@ -67,9 +93,7 @@ def resume_path(config: DictConfig) -> str | None:
         name = f"{config.name}{config.step}"
         run = latest_run(name)
         if run is None:
-            raise UserError(
-                f"ckpt_path=last: no run of {name!r} has a checkpoint under {Path('outputs').resolve()}"
-            )
+            raise UserError(f"ckpt_path=last: no run of {name!r} has a checkpoint under {Path('outputs').resolve()}")
         return str(run / "checkpoints" / "last.ckpt")
     if not Path(wanted).is_file():
         raise UserError(f"ckpt_path={wanted}: no such file; give a checkpoint or 'last'")

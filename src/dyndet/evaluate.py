@@ -37,7 +37,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     data.setup("validate")
     if data.categories != saved.categories:
         raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
-    module = DetectionModule(detector_from(saved, impl=config.impl), categories=data.categories)
+    module = DetectionModule(detector_from(saved, impl=config.impl, speed=config.speed), categories=data.categories)
     collected = Collect()
     config.trainer.precision = config.trainer.precision or saved.config.trainer.precision
     trainer: Trainer = build(config.trainer, callbacks=[Progress(), collected])

@@ -13,7 +13,7 @@ from dyndet.structures import Batch
 
 
 class JointModule(DetectionModule):
-    """A `DetectionModule` of a cascade without router: `val/...` is of the second detector, `val/first/...` of the first.
+    """A cascade without its router: `val/...` is of the second detector, `val/first/...` of the first.
 
     Args:
         args: see `DetectionModule`.

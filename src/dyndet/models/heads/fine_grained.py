@@ -77,6 +77,7 @@ class FineGrainedNode(nn.Module):
         self.norm_stats: NormStats = norm_stats
         self.impl: Impl = impl
         self.expected_density = expected_density
+        self.gate_threshold = 0.0
         scale_costs = self.down.costs(published=cost_table == "published")
         self.router_macs = {path: gate.macs for path, gate in gates.items()}
         self.costs = {"down": scale_costs, "up": scale_costs, "depth": self.depth.costs()}
@@ -106,7 +107,10 @@ class FineGrainedNode(nn.Module):
             logits = gate_logits(convs, rows, layout, valid)
             if valid is not None:  # a softmax over positions must not spend on padding
                 logits = logits.masked_fill(~valid, _CLOSED)
-            gates = dict(zip(decided, self.activation(logits, layout), strict=True))
+            opened = self.activation(logits, layout)
+            if self.gate_threshold > 0:
+                opened = opened * (opened > self.gate_threshold)
+            gates = dict(zip(decided, opened, strict=True))
         for path in paths:
             gate = gates[path] if path in gates else rows.new_ones(layout.positions, dtype=torch.float32)
             gates[path] = gate if valid is None else gate * valid
@@ -236,6 +240,22 @@ class FineGrainedHead(nn.Module):
         for node in (*self.cls, *self.reg):
             cast(FineGrainedNode, node).impl = impl
         return before
+
+    @property
+    def gate_threshold(self) -> float:
+        """Gates that are open less than this, or just so, close; 0 leaves them as they learned."""
+        return cast(FineGrainedNode, self.cls[0]).gate_threshold
+
+    def close_below(self, threshold: float) -> None:
+        """Sets `gate_threshold`: one trained head at many speeds.
+
+        Raises:
+            ValueError: unless it lies between 0 and 1.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"gates lie between 0 and 1, so does their threshold, got {threshold}")
+        for node in (*self.cls, *self.reg):
+            cast(FineGrainedNode, node).gate_threshold = threshold
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
         """Routes a pyramid.

@@ -1,0 +1,188 @@
+"""`python -m dyndet.calibrate ckpt=FILE [images=200] [latency_images=16]`: one model, any speed.
+
+Measures what a trained detector costs at its speeds and keeps it in the checkpoint; from then on every command takes
+`speed=...`, see `dyndet.speed`. Of a cascade it also prints AP at every split between its two routes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dyndet.api import detector_from
+from dyndet.checkpoint import read_checkpoint, write_calibration
+from dyndet.command import run
+from dyndet.config import build, fill
+from dyndet.data.datamodule import DetectionDataModule
+from dyndet.errors import UserError
+from dyndet.metrics.compute import ComputeMeter
+from dyndet.metrics.curve import BothWays, Split
+from dyndet.metrics.static import StaticCosts, meter_batch
+from dyndet.metrics.timing import time_detections
+from dyndet.models.detectors.base import Detector
+from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.detectors.pyramid import PyramidDetector
+from dyndet.models.fuse import fused
+from dyndet.models.heads.chain import routed_part
+from dyndet.models.heads.fine_grained import FineGrainedHead
+from dyndet.speed import Calibration, Point
+from dyndet.structures import Batch, ImageBatch
+
+
+def calibrate(config: DictConfig) -> Calibration:
+    """Measures, prints, and stores."""
+    saved = read_checkpoint(config.ckpt)
+    fill(saved.config.data, config.data, "data")
+    if config.images is not None:
+        saved.config.data.max_val = config.images
+    data: DetectionDataModule = build(saved.config.data.module)
+    data.setup("validate")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    detector = fused(detector_from(saved, impl=config.impl)).to(automatic if config.device == "auto" else config.device)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    single = _single_images(data, config.latency_images)
+    if isinstance(detector, CascadeDetector):
+        calibration = _cascade(detector, data, single, folder)
+    else:
+        calibration = _gates(detector, data, single, config.thresholds)
+    file = write_calibration(config.ckpt, calibration.as_dict(), config.out)
+    print(f"calibrated on {calibration.images} images ({calibration.device}): {file}")
+    return calibration
+
+
+def _cascade(
+    detector: CascadeDetector, data: DetectionDataModule, single: Sequence[ImageBatch], folder: Path
+) -> Calibration:
+    if detector.router is None:
+        raise UserError("this cascade has no router yet: train one with +router=exact init=CHECKPOINT")
+    ways = go_both_ways(detector, data.val_dataloader())
+    splits = ways.curve(data.categories, [step / 10 for step in range(11)])
+
+    def end(threshold: float) -> None:
+        detector.threshold = threshold
+
+    ends = {"easy": lambda: end(-math.inf), "hard": lambda: end(math.inf)}
+    latency = time_detections(detector, single, ends) if single else {}
+    points = [
+        Point(split.threshold, split.macs, latency.get(name))
+        for name, split in (("easy", splits[0]), ("hard", splits[-1]))
+    ]
+    calibration = Calibration(points, ways.easiness.sort().values.tolist(), _device(detector), len(ways.easiness))
+    _print_splits(splits, calibration)
+    correlation = ways.rank_correlation()
+    print(f"difficulty against L1 - L2: Spearman's rank correlation {correlation:.3f}")
+    result = {"splits": [asdict(split) for split in splits], "spearman": correlation, **calibration.as_dict()}
+    (folder / "calibration.json").write_text(json.dumps(_finite(result), indent=1) + "\n")
+    return calibration
+
+
+@torch.no_grad()
+def go_both_ways(detector: CascadeDetector, batches: Sequence[Batch]) -> BothWays:
+    """Runs all images along both routes."""
+    static = StaticCosts(detector)
+    found: dict[str, list] = {"first": [], "second": []}
+    easiness, differences, targets, sizes = [], [], [], []
+    device = next(detector.parameters()).device
+    for batch in track(batches, description="both routes"):
+        batch = batch.to(device)
+        for route, everything in found.items():
+            detections, routes = detector.detect_by(batch.images, route)  # type: ignore[arg-type]
+            macs = meter_batch(ComputeMeter(), static, routes, batch.images.sizes.tolist())
+            everything += [replace(item.to("cpu"), macs=spent) for item, spent in zip(detections, macs, strict=True)]
+        seen, losses = detector.image_losses(batch.images, batch.targets)
+        easiness.append(detector.easiness(detector.pooled(seen)).cpu())
+        differences.append((losses[0] - losses[1]).cpu())
+        targets += [target.to("cpu") for target in batch.targets]
+        sizes.append(batch.images.sizes)
+    return BothWays(
+        torch.cat(easiness), found["first"], found["second"], targets, torch.cat(sizes), torch.cat(differences)
+    )
+
+
+def _gates(
+    detector: Detector, data: DetectionDataModule, single: Sequence[ImageBatch], thresholds: Sequence[float]
+) -> Calibration:
+    head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
+    if not isinstance(head, FineGrainedHead):
+        raise UserError("this detector has one speed only, as it has neither a router nor gates: nothing to calibrate")
+    static = StaticCosts(detector)
+    device = next(detector.parameters()).device
+    steps = sorted(set(thresholds), reverse=True)
+    macs, images = [], 0
+    for threshold in track(steps, description="thresholds"):
+        head.close_below(threshold)
+        meter = ComputeMeter()
+        for batch in data.val_dataloader():
+            _, routing = detector.detect_with_routing(batch.to(device).images)
+            meter_batch(meter, static, routing, batch.images.sizes.tolist())
+        report = meter.compute()
+        macs.append(report.total.mean)
+        images = report.images
+    settings = {str(step): (lambda step=step: cast(FineGrainedHead, head).close_below(step)) for step in steps}
+    latency = time_detections(detector, single, settings) if single else {}
+    points = [Point(step, spent, latency.get(str(step))) for step, spent in zip(steps, macs, strict=True)]
+    table = Table("gates close up to", "GMAC", "ms")
+    for point in points:
+        table.add_row(f"{point.threshold:.3f}", f"{point.macs / 1e9:.3f}", _number(point.latency_ms))
+    Console().print(table)
+    return Calibration(points, [], _device(detector), images)
+
+
+def _single_images(data: DetectionDataModule, count: int) -> list[ImageBatch]:
+    """Some validation images as batches of one."""
+    if not count:
+        return []
+    batches = data.val_dataloader()
+    singles = (batch.images[torch.tensor([i])] for batch in batches for i in range(len(batch.images)))
+    return list(islice(singles, count))
+
+
+def _print_splits(splits: Sequence[Split], calibration: Calibration) -> None:
+    easy, hard = calibration.points
+    table = Table("hard", "easiness below", "GMAC", "ms", "AP", "AP50")
+    for split in splits:
+        latency = None
+        if easy.latency_ms is not None and hard.latency_ms is not None:
+            latency = easy.latency_ms + split.fraction * (hard.latency_ms - easy.latency_ms)
+        table.add_row(
+            f"{split.fraction:.1%}", f"{1 / (1 + math.exp(-split.threshold)) if split.threshold > -700 else 0.0:.4f}",
+            f"{split.macs / 1e9:.3f}", _number(latency), f"{split.ap:.3f}", f"{split.ap50:.3f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _device(detector: Detector) -> str:
+    device = next(detector.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _finite(value: object) -> object:
+    """Infinities as words: json has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    run(calibrate, "calibrate")

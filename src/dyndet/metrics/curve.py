@@ -1,0 +1,92 @@
+"""Accuracy against compute of a cascade: what every split of the images between its two routes gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyndet.metrics.coco import CocoMetric
+from dyndet.structures import Category, Detections, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One way to divide the images.
+
+    Attributes:
+        fraction: share of the images that is hard.
+        threshold: of the easiness logit, below which an image is hard; infinite at the ends.
+        macs: mean multiply-adds per image.
+        ap: AP over all images.
+        ap50: AP50.
+    """
+
+    fraction: float
+    threshold: float
+    macs: float
+    ap: float
+    ap50: float
+
+
+@dataclass
+class BothWays:
+    """What both routes of a cascade gave on the same images.
+
+    Attributes:
+        easiness: (N,) logits.
+        first: detections of the easy route, with their `macs`.
+        second: of the hard route.
+        targets: in pixels of the resized images.
+        sizes: (H, W) of these.
+        differences: (N,) L1 - L2.
+    """
+
+    easiness: Tensor
+    first: Sequence[Detections]
+    second: Sequence[Detections]
+    targets: Sequence[Target]
+    sizes: Tensor
+    differences: Tensor
+
+    def curve(self, categories: Sequence[Category], fractions: Sequence[float]) -> list[Split]:
+        """AP and cost when so large a share of the images is hard, the least easy ones first."""
+        return [self._split(categories, fraction) for fraction in fractions]
+
+    def rank_correlation(self) -> float:
+        """Spearman's, of difficulty and L1 - L2: 1 when the router knows exactly whom the second detector helps."""
+        return spearman(-self.easiness, self.differences)
+
+    def _split(self, categories: Sequence[Category], fraction: float) -> Split:
+        threshold = quantile(self.easiness, fraction)
+        hard = (self.easiness < threshold).tolist()
+        chosen = [b if way else a for a, b, way in zip(self.first, self.second, hard, strict=True)]
+        metric = CocoMetric(categories, per_class=False)
+        metric.update(chosen, self.targets, self.sizes)
+        scores = metric.compute()
+        macs = math.fsum(item.macs or 0.0 for item in chosen) / len(chosen)
+        return Split(sum(hard) / len(hard), threshold, macs, scores["AP"], scores["AP50"])
+
+
+def quantile(easiness: Tensor, fraction: float) -> float:
+    """The threshold below which this share of the scores lies, linear between them; the ends take none and all."""
+    if fraction <= 0:
+        return -math.inf
+    if fraction >= 1:
+        return math.inf
+    return float(torch.quantile(easiness.double(), fraction))
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Rank correlation of two (N,) tensors; equal values share their mean rank."""
+    a, b = _ranks(x), _ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def _ranks(x: Tensor) -> Tensor:
+    values, where, counts = x.double().unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[where]
