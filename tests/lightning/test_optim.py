@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet import build_detector
 from dyndet.config import build, compose_experiment
-from dyndet.lightning.optim import build_optimizer, one_cycle, warmup_multistep
+from dyndet.lightning.optim import WarmupCosine, build_optimizer, one_cycle, warmup_multistep
 
 
 def test_published_weight_decay_exceptions() -> None:
@@ -96,3 +97,59 @@ def test_a_one_cycle_run_can_be_extended() -> None:
     advance(*short, 9)
     resumed[1].load_state_dict(short[1].state_dict())
     assert advance(*resumed, 15) == pytest.approx(advance(*long, 24))
+
+
+def yolo_groups() -> SGD:
+    """One group of weights, one of biases."""
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [p], "biases": biases} for p, biases in zip(parameters, (False, True), strict=True)]
+    return SGD(groups, lr=0.01, momentum=0.937)
+
+
+def test_yolo_warmup_and_cosine_by_hand() -> None:
+    optimizer = yolo_groups()
+    scheduler = WarmupCosine(optimizer, total_steps=300, final=0.1, warmup_steps=30)
+    seen = []
+    for _ in range(301):
+        weights, biases = optimizer.param_groups
+        seen.append((weights["lr"], biases["lr"], weights["momentum"]))
+        optimizer.step()
+        scheduler.step()
+    assert seen[0] == (0.0, 0.1, 0.8)
+    assert seen[15][0] == pytest.approx(0.5 * 0.01 * cosine(15 / 300))
+    assert seen[15][1] == pytest.approx(0.5 * 0.1 + 0.5 * 0.01 * cosine(15 / 300))
+    assert seen[15][2] == pytest.approx((0.8 + 0.937) / 2)
+    assert seen[150] == pytest.approx((0.0055, 0.0055, 0.937))
+    assert seen[300] == pytest.approx((0.001, 0.001, 0.937))
+
+
+def cosine(progress: float) -> float:
+    """As the spec writes it: (1 - cos(pi t)) / 2 * (final - 1) + 1."""
+    return (1 - math.cos(math.pi * progress)) / 2 * (0.1 - 1) + 1
+
+
+def test_yolo_warmup_of_a_short_run_is_short_and_resumes() -> None:
+    optimizer = yolo_groups()
+    scheduler = WarmupCosine(optimizer, total_steps=50, warmup_steps=1000)
+    for _ in range(7):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[1]["lr"])  # 5 steps of warm-up
+    again = yolo_groups()
+    resumed = WarmupCosine(again, total_steps=100, warmup_steps=1000)
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.total_steps == 100 and resumed.last_epoch == 7
+
+
+def test_what_does_not_decay_in_yolo() -> None:
+    detector = build_detector("shapes_dy_yolo")
+    config = compose_experiment("shapes_dy_yolo", ["optim=yolo"])
+    optimizer = build(config.optim.optimizer)(detector)
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    biases = {names[id(p)]: group["biases"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(decays) == set(names.values())
+    for name, decay in decays.items():
+        convolution = name.endswith("weight") and "norm" not in name
+        assert decay == (1e-3 if convolution else 0.0), name
+        assert biases[name] == name.endswith("bias"), name

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -23,6 +23,8 @@ def build_optimizer(
     weight_decay: float = 0.0,
     norm_decay: float = 0.0,
     lr_scales: Mapping[str, float] | None = None,
+    decay_scales: Mapping[str, float] | None = None,
+    split_biases: bool = False,
 ) -> Optimizer:
     """One group per (learning rate, decay): normalisation layers decay by `norm_decay`, everything else that trains,
     gate biases and path scalars included, by `weight_decay` (the published exceptions).
@@ -35,15 +37,22 @@ def build_optimizer(
         norm_decay: of norm layers.
         lr_scales: factors of the learning rate by a part of the parameter's name, for instance {"backbone": 0.3,
             "gates": 0.3}; several that apply multiply.
+        decay_scales: factors of the decay likewise, for instance {"bias": 0.0}.
+        split_biases: biases are groups of their own, marked `biases`, for `WarmupCosine`.
     """
-    groups: dict[tuple[float, float], list[Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[Parameter]] = {}
     for name, parameter, is_norm in _parameters(detector):
         parts = name.split(".")
         rate = lr * math.prod(scale for part, scale in (lr_scales or {}).items() if part in parts)
         decay = norm_decay if is_norm else weight_decay
-        groups.setdefault((rate, decay), []).append(parameter)
+        decay *= math.prod(scale for part, scale in (decay_scales or {}).items() if part in parts)
+        groups.setdefault((rate, decay, split_biases and parts[-1] == "bias"), []).append(parameter)
     return optimizer(
-        [{"params": list_, "lr": rate, "weight_decay": decay} for (rate, decay), list_ in groups.items()], lr=lr
+        [
+            {"params": list_, "lr": rate, "weight_decay": decay} | ({"biases": biases} if split_biases else {})
+            for (rate, decay, biases), list_ in groups.items()
+        ],
+        lr=lr,
     )
 
 
@@ -73,6 +82,56 @@ def warmup_multistep(
         return gamma ** sum(step >= milestone for milestone in milestones)
 
     return LambdaLR(optimizer, factor)
+
+
+class WarmupCosine(LRScheduler):
+    """Down to a share of the rate along half a cosine, after a warm-up in which biases come from above (YOLOv7).
+
+    Args:
+        optimizer: whose groups say whether they hold `biases`.
+        total_steps: of the run, warm-up included.
+        final: share of the rate at the end.
+        warmup_steps: over which rates rise from 0, and momentum from `warmup_momentum`; the cosine runs on below.
+        warmup_share: at most this share of the run is warm-up, for short ones.
+        bias_start: rate of the biases at the start.
+        warmup_momentum: momentum at the start; None leaves it alone.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        final: float = 0.1,
+        warmup_steps: int = 1000,
+        warmup_share: float = 0.1,
+        bias_start: float = 0.1,
+        warmup_momentum: float | None = 0.8,
+    ) -> None:
+        self.total_steps = total_steps
+        self.final = final
+        self.warmup_steps = min(warmup_steps, int(warmup_share * total_steps))
+        self.bias_start = bias_start
+        self.warmup_momentum = warmup_momentum
+        self.base_momenta = [group.get("momentum") for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        progress = min(self.last_epoch / self.total_steps, 1.0)
+        factor = (1 + math.cos(math.pi * progress)) / 2 * (1 - self.final) + self.final
+        warm = min(self.last_epoch / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        rates = []
+        for group, base, momentum in zip(self.optimizer.param_groups, self.base_lrs, self.base_momenta, strict=True):
+            start = self.bias_start if group.get("biases") else 0.0
+            rates.append(start + (base * factor - start) * warm)
+            if momentum is not None and self.warmup_momentum is not None:
+                group["momentum"] = self.warmup_momentum + (momentum - self.warmup_momentum) * warm
+        return rates
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps its own length, so that a run can be extended."""
+        own = {key: getattr(self, key) for key in ("total_steps", "warmup_steps")}
+        super().load_state_dict(state_dict | own)
 
 
 def one_cycle(optimizer: Optimizer, *, total_steps: int, **kwargs: Any) -> LRScheduler:

@@ -88,5 +88,5 @@ def spearman(x: Tensor, y: Tensor) -> float:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    values, where, counts = x.double().unique(return_inverse=True, return_counts=True)
+    _, where, counts = x.double().unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2)[where]
