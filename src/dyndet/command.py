@@ -27,6 +27,7 @@ _HARMLESS = (
     ".*does not have many workers.*",
     ".*isinstance.treespec, LeafSpec.*",  # Lightning with the newest torch
     ".*dataloader is not resumable.*",  # it is: see data/sampler.py
+    ".*module.s. in eval mode at the start of training.*",  # frozen parts
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
 )
 

@@ -15,13 +15,14 @@ from dyndet.checkpoint import read_checkpoint
 from dyndet.command import run
 from dyndet.config import build
 from dyndet.data.collate import Collate
+from dyndet.data.masks import encode_mask
 from dyndet.data.sources import find_images, read_unlabelled
 from dyndet.data.transforms import Compose
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.report.draw import draw_detections
 from dyndet.report.gates import preview
-from dyndet.structures import Category, Detections
+from dyndet.structures import Category, Detections, Routes, Routing
 
 
 def predict(config: DictConfig) -> Path:
@@ -55,9 +56,8 @@ def predict(config: DictConfig) -> Path:
         drawing = folder / "pictures" / f"{number:04d}_{path.stem}.png"
         picture.save(drawing)
         rows = _rows(found, saved.categories)
-        results.append(
-            {"file": str(path), "picture": str(drawing), "size": size, "gmacs": macs / 1e9, "detections": rows}
-        )
+        result = {"file": str(path), "picture": str(drawing), "size": size, "gmacs": macs / 1e9, "detections": rows}
+        results.append(result | _way(routing))
     (folder / "detections.json").write_text(json.dumps(results, indent=1) + "\n")
     spent = meter.compute().total
     print(f"GMAC per image: mean {spent.mean / 1e9:.3f}, max {spent.max / 1e9:.3f}, min {spent.min / 1e9:.3f}")
@@ -65,12 +65,24 @@ def predict(config: DictConfig) -> Path:
     return folder
 
 
+def _way(routing: Routing | Routes | None) -> dict[str, Any]:
+    """Through a cascade, of a single image."""
+    if not isinstance(routing, Routes):
+        return {}
+    way = {"route": "hard" if bool(routing.hard[0]) else "easy"}
+    return way if routing.easiness is None else way | {"difficulty": 1 - float(routing.easiness[0].sigmoid())}
+
+
 def _rows(found: Detections, categories: list[Category]) -> list[dict[str, Any]]:
-    """One dict per detection, with the original category id."""
-    return [
+    """One dict per detection, with the original category id and the mask, if any, as COCO run lengths."""
+    rows: list[dict[str, Any]] = [
         {"category_id": categories[label].id, "category": categories[label].name, "score": score, "box_xyxy": box}
         for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
     ]
+    if found.masks is not None:
+        for row, mask in zip(rows, found.masks, strict=True):
+            row["segmentation"] = encode_mask(mask)
+    return rows
 
 
 if __name__ == "__main__":

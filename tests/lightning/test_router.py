@@ -1,0 +1,267 @@
+"""A cascade from step 1 to a wished speed, in process and on a few tiny images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import dyndet
+from dyndet.calibrate import calibrate
+from dyndet.checkpoint import read_checkpoint
+from dyndet.config import build, compose_command, compose_experiment
+from dyndet.errors import UserError
+from dyndet.evaluate import evaluate
+from dyndet.lightning import lessons
+from dyndet.lightning.lessons import collect
+from dyndet.lightning.router import RouterModule, learn
+from dyndet.models.cascade.offset import Constant
+from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.predict import predict
+from dyndet.speed import Calibration, Point, set_speed
+from dyndet.train import train
+
+TINY = [
+    "data.size=64", "data.train_images=24", "data.val_images=10", "data.batch_size=4", "trainer.accelerator=cpu",
+    "neck.channels=16", "head.num_convs=1", "head.norm_groups=4", "predictor.postprocess.score_threshold=0.01",
+]  # fmt: skip
+EPOCHS = ["trainer.max_epochs=4", "trainer.check_val_every_n_epoch=4", "router.batch_size=8", "optim.optimizer.lr=0.01"]
+
+
+def step1(folder: Path, *overrides: str) -> dict[str, float]:
+    keys = [*TINY, "trainer.max_epochs=1", f"output_dir={folder}", *overrides]
+    return train(compose_experiment("shapes_dy_tiny", keys))
+
+
+def step2(folder: Path, init: Path, *overrides: str) -> dict[str, float]:
+    keys = [*TINY, "+router=exact", *EPOCHS, f"init={init}", f"output_dir={folder}", f"router.cache={folder}/lessons"]
+    return train(compose_experiment("shapes_dy_tiny", [*keys, *overrides]))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt").weights
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    folder = tmp_path_factory.mktemp("joint")
+    return folder, step1(folder)
+
+
+@pytest.fixture(scope="module")
+def init(joint: tuple[Path, dict[str, float]]) -> Path:
+    return joint[0] / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory, init: Path) -> Path:
+    folder = tmp_path_factory.mktemp("routed")
+    step2(folder, init)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, routed: Path) -> tuple[Path, Calibration]:
+    folder = tmp_path_factory.mktemp("calibrated")
+    file = folder / "fast.ckpt"
+    keys = [f"ckpt={routed}/checkpoints/last.ckpt", f"out={file}", f"output_dir={folder}", "latency_images=2"]
+    return file, calibrate(compose_command("calibrate", [*keys, "device=cpu"]))
+
+
+def test_step_1_validates_both_detectors(joint: tuple[Path, dict[str, float]]) -> None:
+    metrics = joint[1]
+    assert {"val/AP", "val/first/AP", "val/first/AP50", "train/first/cls", "train/second/cls"} <= set(metrics)
+    assert metrics["route/hard"] == 1
+
+
+def test_step_2_moves_the_router_alone(init: Path, routed: Path) -> None:
+    before, after = read_checkpoint(init).weights, weights(routed)
+    assert {name for name in after if name not in before} == {name for name in after if name.startswith("router.")}
+    assert all(torch.equal(before[name], after[name]) for name in before)  # running statistics, too
+    fresh: CascadeDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
+    assert fresh.router is not None
+    assert not torch.equal(after["router.hidden.weight"], fresh.router.hidden.weight)
+
+
+def test_the_offset_is_the_exact_median_over_the_training_set(init: Path, routed: Path) -> None:
+    saved = read_checkpoint(init)
+    detector = dyndet.load_detector(init)
+    router = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector).router
+    assert isinstance(detector, CascadeDetector)
+    detector.router = router
+    data = build(saved.config.data.module)
+    data.setup("fit")
+    differences = []
+    for index in range(len(data.train)):
+        sample = data.train[index]
+        _, losses = detector.image_losses([sample.image], [sample.target])
+        differences.append(float(losses[0] - losses[1]))
+    content = torch.load(routed / "checkpoints" / "last.ckpt", weights_only=True)
+    # Flips are drawn anew, so this is not the same median but one among the same values.
+    (offset,) = content["dyndet"]["offset"]
+    assert min(differences) < offset < max(differences)
+    kept = torch.load(next((routed / "lessons").glob("*/00000.pt")), weights_only=True)
+    difference = kept["losses"][0] - kept["losses"][1]
+    assert len(difference) == 24 and offset == pytest.approx(float(difference.quantile(0.5)))
+
+
+def test_kept_lessons_are_what_the_detectors_say(init: Path) -> None:
+    """Batched and with workers' order or not, every image's losses are its own."""
+    config = compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", f"init={init}"])
+    detector: CascadeDetector = build(config.detector).eval()
+    data = build(config.data.module)
+    data.setup("fit")
+    detector.load_state_dict(read_checkpoint(init).weights, strict=False)
+    loader = data.val_dataloader()
+    batch = next(iter(loader))
+    together = learn(detector, batch)
+    for index in range(len(batch.targets)):
+        _, alone = detector.image_losses(batch.images[torch.tensor([index])], [batch.targets[index]])
+        torch.testing.assert_close(together.losses[:, index], alone[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(
+    init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lessons, "CHUNK", 2)
+    config = compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", f"init={init}"])
+    detector: CascadeDetector = build(config.detector)
+
+    def keep(folder: Path) -> lessons.Lesson:
+        data = build(config.data.module)
+        data.setup("fit")
+        return collect(detector, data, passes=2, device=torch.device("cpu"), folder=folder)
+
+    whole = keep(tmp_path / "whole")
+    count = 0
+
+    def fail(*args: object) -> object:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return learn(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lessons, "learn", fail)
+    with pytest.raises(KeyboardInterrupt):
+        keep(tmp_path / "cut")
+    assert len(list((tmp_path / "cut").glob("*.pt"))) == 1
+    again = keep(tmp_path / "cut")
+    assert count == 4 + 10  # 12 batches, of which two were kept
+    assert (
+        len(again.pooled) == 48 and torch.equal(again.pooled, whole.pooled) and torch.equal(again.losses, whole.losses)
+    )
+    assert not torch.equal(whole.losses[:, :24], whole.losses[:, 24:])  # the second pass draws its own flips
+
+
+def test_an_interrupted_router_continues_exactly(init: Path, routed: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent)
+        with pytest.raises(KeyError, match="power cut"):
+            step2(tmp_path / "off", init, f"+callbacks.stop={{_target_: test_training.StopAt, step: 5, path: {cut}}}")
+    step2(tmp_path / "on", init, f"ckpt_path={cut}")
+    expected, actual = weights(routed), weights(tmp_path / "on")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_the_online_way_learns_from_images(init: Path, tmp_path: Path) -> None:
+    keys = ["router.cached=false", "router_loss.offset=running_median", "trainer.max_epochs=1"]
+    step2(tmp_path, init, *keys, "trainer.check_val_every_n_epoch=1")
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    median, *seen = content["dyndet"]["offset"]
+    assert len(seen) == 24 and seen == sorted(seen) and median == pytest.approx((seen[11] + seen[12]) / 2)
+
+
+def test_only_the_router_is_in_training(init: Path) -> None:
+    detector: CascadeDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
+    module = RouterModule(detector, offset=Constant(0.0), categories=read_checkpoint(init).categories).train()
+    assert not any(part.training for part in detector.modules())
+    assert {name.split(".")[0] for name, p in detector.named_parameters() if p.requires_grad} == {"router"}
+    assert module.training
+
+
+@pytest.mark.parametrize(("speed", "share"), [("easy", 0.0), ("hard", 1.0), ("hard_fraction:0.3", 0.3), ("macs", 0.5)])
+def test_evaluating_at_a_wished_speed(
+    calibrated: tuple[Path, Calibration], tmp_path: Path, speed: str, share: float
+) -> None:
+    file, calibration = calibrated
+    easy, hard = (point.macs for point in calibration.points)
+    wish = f"macs:{(easy + hard) / 2}" if speed == "macs" else speed
+    keys = [f"ckpt={file}", f"output_dir={tmp_path}", "trainer.accelerator=cpu", f"speed={wish}"]
+    metrics = evaluate(compose_command("evaluate", keys))
+    assert metrics["route/hard"] == pytest.approx(share)
+    assert metrics["macs/total_mean"] == pytest.approx(easy + share * (hard - easy))
+
+
+def test_calibration_travels_with_the_checkpoint(calibrated: tuple[Path, Calibration], tmp_path: Path) -> None:
+    file, calibration = calibrated
+    saved = read_checkpoint(file)
+    assert saved.calibration is not None and Calibration.of(saved.calibration) == calibration
+    easy, hard = calibration.points
+    assert easy.latency_ms and hard.latency_ms and easy.latency_ms < hard.latency_ms and easy.macs < hard.macs
+    assert len(calibration.easiness) == calibration.images == 10
+    detector = dyndet.load_detector(file, speed=f"latency_ms:{(easy.latency_ms + hard.latency_ms) / 2}")
+    assert isinstance(detector, CascadeDetector)
+    assert sum(value < detector.threshold for value in calibration.easiness) == 5
+    report = json.loads((file.parent / "calibration.json").read_text())
+    assert [row["fraction"] for row in report["splits"]] == [step / 10 for step in range(11)]
+    assert -1 <= report["spearman"] <= 1
+
+
+def test_predict_says_which_way_an_image_went(calibrated: tuple[Path, Calibration], tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (80, 64), "white").save(tmp_path / "a.png")
+    keys = [f"ckpt={calibrated[0]}", f"source={tmp_path}/a.png", f"out={tmp_path}/out", "device=cpu", "gates=true"]
+    predict(compose_command("predict", [*keys, "speed=easy"]))
+    (row,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert row["route"] == "easy" and 0 < row["difficulty"] < 1
+
+
+def test_mistakes_are_named(init: Path, routed: Path, calibrated: tuple[Path, Calibration], tmp_path: Path) -> None:
+    for wish, word in (
+        ("fast", "hard_fraction:0.5"),
+        ("macs:1", "out of reach"),
+        ("hard_fraction:2", "between 0 and 1"),
+        ("latency_ms:nan", "not understood"),
+    ):
+        with pytest.raises(UserError, match=word):
+            dyndet.load_detector(calibrated[0], speed=wish)
+    with pytest.raises(UserError, match=r"dyndet\.calibrate"):
+        dyndet.load_detector(routed / "checkpoints" / "last.ckpt", speed="macs:1e9")
+    with pytest.raises(UserError, match="no router yet"):
+        dyndet.load_detector(init, speed="easy")
+    with pytest.raises(UserError, match="another"):
+        step2(tmp_path, init, "head.num_convs=2")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        step2(tmp_path, tmp_path / "nothing.ckpt")
+    with pytest.raises(UserError, match="exact_median"):
+        step2(tmp_path, init, "router_loss.offset=median")
+
+
+def test_gates_have_speeds_too() -> None:
+    torch.manual_seed(0)
+    detector = dyndet.build_detector("shapes_dyn", ["head.depth=1"])
+    images = torch.rand(1, 3, 64, 64)
+
+    def used() -> float:
+        _, routing = detector.detect_with_routing(images)
+        assert isinstance(routing, dyndet.structures.Routing)
+        return float(routing.used().sum())
+
+    full = used()
+    calibration = Calibration([Point(1.0, 1e6), Point(0.5, 2e6), Point(0.0, 4e6)])
+    shares = []
+    for speed, threshold in (("hard", 0.0), ("macs:3e6", 0.25), ("threshold:0.9", 0.9), ("easy", 1.0)):
+        set_speed(detector, speed, calibration)
+        assert detector.head.gate_threshold == pytest.approx(threshold)  # type: ignore[attr-defined]
+        shares.append(used() / full)
+    assert shares[0] == 1 and shares[-1] == 0 and shares == sorted(shares, reverse=True)
+    with pytest.raises(UserError, match="for cascades"):
+        set_speed(detector, "hard_fraction:0.5", calibration)
+    with pytest.raises(UserError, match="one speed only"):
+        set_speed(dyndet.build_detector("shapes_static"), "easy", None)

@@ -1,0 +1,61 @@
+"""Accuracy against compute over the splits of a cascade."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dyndet.metrics.curve import BothWays, quantile, spearman
+from dyndet.structures import Category, Detections, Target
+
+
+def test_rank_correlation_by_hand() -> None:
+    x = torch.tensor([1.0, 5.0, 2.0, 9.0])
+    assert spearman(x, x.exp()) == pytest.approx(1)
+    assert spearman(x, -x) == pytest.approx(-1)
+    # Without ties 1 - 6 sum d^2 / (n (n^2 - 1)): ranks 1 3 2 4 against 2 1 4 3.
+    assert spearman(x, torch.tensor([20.0, 10.0, 40.0, 30.0])) == pytest.approx(1 - 6 * (1 + 4 + 4 + 1) / 60)
+    # Ties share their rank: 1.5 1.5 3 against 1 2 3.
+    assert spearman(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(math.sqrt(0.75))
+
+
+def test_thresholds() -> None:
+    scores = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert quantile(scores, 0) == -math.inf and quantile(scores, 1) == math.inf
+    assert quantile(scores, 0.5) == 2 and quantile(scores, 0.6) == pytest.approx(2.4)
+
+
+def found(right: bool, macs: float) -> Detections:
+    box = [10.0, 10, 50, 50] if right else [60.0, 60, 90, 90]
+    return Detections(torch.tensor([box]), torch.tensor([0.9]), torch.tensor([0]), macs=macs)
+
+
+def both_ways(easiness: list[float], first_right: list[bool]) -> BothWays:
+    """The second detector always finds the object, the first one on some images."""
+    count = len(easiness)
+    target = Target(
+        torch.tensor([[10.0, 10, 50, 50]]), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+    )
+    targets = [
+        Target(target.boxes, target.labels, target.crowd, image_id=i, original_size=(100, 100)) for i in range(count)
+    ]
+    return BothWays(
+        torch.tensor(easiness), [found(right, 1.0) for right in first_right], [found(True, 3.0)] * count, targets,
+        torch.full((count, 2), 100), torch.tensor([0.0 if right else 1.0 for right in first_right]),
+    )  # fmt: skip
+
+
+def test_a_perfect_router_needs_only_the_images_that_the_first_detector_misses() -> None:
+    ways = both_ways([0.9, 0.1, 0.8, 0.2], [True, False, True, False])
+    splits = ways.curve([Category(1, "a")], [0, 0.5, 1])
+    assert [split.fraction for split in splits] == [0, 0.5, 1]
+    assert [split.macs for split in splits] == [1, 2, 3]
+    assert splits[0].ap < 0.6 and splits[1].ap == splits[2].ap == pytest.approx(1)
+    assert ways.rank_correlation() == pytest.approx(math.sqrt(0.8))  # ranks 1 3 2 4 less ties in pairs
+
+
+def test_a_bad_router_spends_without_gain() -> None:
+    splits = both_ways([0.1, 0.9, 0.2, 0.8], [True, False, True, False]).curve([Category(1, "a")], [0.5])
+    assert splits[0].ap < 0.6 and splits[0].macs == 2
