@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ class Target:
         labels: (N,) int64 in 0..K-1.
         crowd: (N,) bool; crowd regions never train, and evaluation ignores matches with them.
         masks: (N, H, W) bool, or None when the dataset has none or they were not asked for.
+        segmentations: N polygons or run lengths of the masks on disk, as annotated, where the dataset has them:
+            evaluation reads these, because transforms resize `masks`.
         area: (N,) annotated areas in square pixels on disk (COCO: of the mask), or None to take those of the boxes.
         image_id: id in the original annotations.
         original_size: (H, W) of the image on disk, before any transform.
@@ -51,6 +54,7 @@ class Target:
     original_size: Size = (0, 0)
     path: str = ""
     difficulty: float | None = None
+    segmentations: list[Any] | None = None
 
     @classmethod
     def of(cls, value: Target | dict[str, Tensor]) -> Target:
@@ -60,6 +64,11 @@ class Target:
         labels = value["labels"]
         crowd = value.get("crowd", torch.zeros_like(labels, dtype=torch.bool))
         return cls(value["boxes"].float(), labels.long(), crowd.bool(), value.get("masks"))
+
+    def shifted(self, offset: Tensor) -> Target:
+        """The same objects in pixels of a canvas on which the image begins at this (row, column)."""
+        move = offset.flip(0).repeat(2).to(self.boxes)
+        return replace(self, boxes=self.boxes + move)
 
     def to(self, device: torch.device | str) -> Target:
         tensors = ("boxes", "labels", "crowd", "masks", "area")
@@ -75,7 +84,8 @@ class Target:
     def __getitem__(self, keep: Tensor) -> Target:
         """The same target with only some of its objects: (N,) bool or indices."""
         tensors = ("boxes", "labels", "crowd", "masks", "area")
-        return replace(self, **{name: getattr(self, name)[keep] for name in tensors if getattr(self, name) is not None})
+        kept = {name: getattr(self, name)[keep] for name in tensors if getattr(self, name) is not None}
+        return replace(self, **kept, segmentations=None)  # evaluation reads whole targets
 
 
 @dataclass
@@ -94,6 +104,7 @@ class ImageBatch:
         pixels: (B, 3, H, W) RGB; uint8 0..255 or float 0..1 (the torchvision convention).
         sizes: (B, 2) int64, the valid H, W of each image inside `pixels`.
         original_sizes: (B, 2) int64, H, W on disk: detections are returned in these pixels.
+        offsets: (B, 2) int64, the row and column inside `pixels` where each image begins; None: all at 0, 0.
 
     The sizes stay on the CPU: they steer Python code, and reading them from a GPU would wait for it.
     """
@@ -101,6 +112,7 @@ class ImageBatch:
     pixels: Tensor
     sizes: Tensor
     original_sizes: Tensor
+    offsets: Tensor | None = None
 
     @classmethod
     def of(cls, images: ImageBatch | Tensor | Sequence[Tensor], divisor: int = 1) -> ImageBatch:
@@ -131,10 +143,12 @@ class ImageBatch:
 
     def __getitem__(self, index: Tensor) -> ImageBatch:
         """Some of the images: (N,) int64 on the CPU."""
-        return ImageBatch(self.pixels[index.to(self.pixels.device)], self.sizes[index], self.original_sizes[index])
+        offsets = None if self.offsets is None else self.offsets[index]
+        pixels = self.pixels[index.to(self.pixels.device)]
+        return ImageBatch(pixels, self.sizes[index], self.original_sizes[index], offsets)
 
     def to(self, device: torch.device | str) -> ImageBatch:
-        return ImageBatch(self.pixels.to(device, non_blocking=True), self.sizes, self.original_sizes)
+        return replace(self, pixels=self.pixels.to(device, non_blocking=True))
 
 
 @dataclass
@@ -146,8 +160,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Page-locked pixels, so that the copy to a GPU does not wait; called by data loaders."""
-        images = self.images
-        return Batch(ImageBatch(images.pixels.pin_memory(), images.sizes, images.original_sizes), self.targets)
+        return Batch(replace(self.images, pixels=self.images.pixels.pin_memory()), self.targets)
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.images.to(device), [target.to(device) for target in self.targets])

@@ -56,6 +56,8 @@ class CascadeDetector(Detector):
         threshold: float = 0.0,
     ) -> None:
         super().__init__()
+        if router is not None and router.masked and first.preprocess.centred:
+            raise ValueError("masked pooling reads images at the top left: set preprocess.centred=false")
         self.first = first
         self.second = second
         self.links = links

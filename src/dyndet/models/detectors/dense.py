@@ -54,7 +54,7 @@ class DenseDetector(PyramidDetector):
     ) -> Losses:
         features, valid = self._features(maps, batch)
         output = self.run_head(features, valid)
-        wanted = [Target.of(target).without_crowd().to(batch.pixels.device) for target in targets]
+        wanted = self._wanted(batch, targets)
         return self._priced(self.predictor.losses(self._predict(output), wanted, valid), output.routing)
 
     def image_losses_from(
@@ -62,7 +62,7 @@ class DenseDetector(PyramidDetector):
     ) -> Tensor:
         features, valid = self._features(maps, batch)
         raw = self._predict(self.run_head(features, valid))
-        wanted = [Target.of(target).without_crowd().to(batch.pixels.device) for target in targets]
+        wanted = self._wanted(batch, targets)
         return image_losses(self.predictor, raw, wanted, valid)
 
     def detect_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Detections], Routing | None]:

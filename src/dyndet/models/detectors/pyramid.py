@@ -104,15 +104,24 @@ class PyramidDetector(Detector):
         return self.run_part("head", self.head, features, valid)
 
     def batch(self, images: Images) -> ImageBatch:
-        """Any images as one batch on the detector's device."""
+        """Any images as one batch on the detector's device, placed as it wants them."""
         device = next(self.parameters()).device
-        return ImageBatch.of(images, self.preprocess.divisor).to(device)
+        return self.preprocess.place(ImageBatch.of(images, self.preprocess.divisor).to(device))
+
+    def _wanted(self, batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]) -> list[Target]:
+        """What losses are taken for: no crowd, in pixels of the batch, on its device."""
+        wanted = [Target.of(target).without_crowd().to(batch.pixels.device) for target in targets]
+        if batch.offsets is None:
+            return wanted
+        return [target.shifted(offset) for target, offset in zip(wanted, batch.offsets, strict=True)]
 
     def _maps(self, batch: ImageBatch) -> list[Tensor]:
         return self.run_part("backbone", self.backbone, self.preprocess(batch))
 
     def _features(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Tensor], list[Tensor] | None]:
         features = self.run_part("neck", self.neck, maps)
+        if batch.offsets is not None:
+            return features, None
         shapes: list[Size] = [(x.shape[-2], x.shape[-1]) for x in features]
         valid = valid_masks(batch.sizes, shapes, self.strides)
         return features, None if valid is None else [mask.to(features[0].device) for mask in valid]

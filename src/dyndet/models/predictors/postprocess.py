@@ -73,6 +73,8 @@ class Postprocess:
         height, width = images.sizes[index].tolist()
         limit = levels[0][2].new_tensor([width, height, width, height])
         box, score, label = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+        if images.offsets is not None:
+            box = box - images.offsets[index].flip(0).repeat(2).to(box)
         if self.clip == "before":
             box, score, label = _clip(box, score, label, limit)
         # batched_nms keeps classes apart by shifting them, which needs boxes that start at 0.
