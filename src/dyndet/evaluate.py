@@ -38,7 +38,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if data.categories != saved.categories:
         raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
     module = DetectionModule(detector_from(saved, impl=config.impl, speed=config.speed), categories=data.categories)
-    collected = Collect()
+    collected = Collect(data.categories)
     config.trainer.precision = config.trainer.precision or saved.config.trainer.precision
     trainer: Trainer = build(config.trainer, callbacks=[Progress(), collected])
     trainer.validate(module, data, verbose=False)
@@ -49,8 +49,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         print_summary(report, metrics)
         if config.timing:
             metrics |= _compare(module, data, config, report.ratio)
-        print(f"validation steps took {collected.seconds:.2f} s for {len(collected.targets)} images")
-        file = write_results(folder / "detections.json", collected.detections, collected.targets, data.categories)
+        print(f"validation steps took {collected.seconds:.2f} s for {collected.images} images")
+        file = write_results(folder / "detections.json", collected.results)
         print(f"detections: {file}")
         (folder / "result.json").write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics

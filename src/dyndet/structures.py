@@ -36,13 +36,13 @@ class Target:
         labels: (N,) int64 in 0..K-1.
         crowd: (N,) bool; crowd regions never train, and evaluation ignores matches with them.
         masks: (N, H, W) bool, or None when the dataset has none or they were not asked for.
-        segmentations: N polygons or run lengths of the masks on disk, as annotated, where the dataset has them:
-            evaluation reads these, because transforms resize `masks`.
         area: (N,) annotated areas in square pixels on disk (COCO: of the mask), or None to take those of the boxes.
         image_id: id in the original annotations.
         original_size: (H, W) of the image on disk, before any transform.
         path: the file it came from, "" when generated.
         difficulty: 0 (easy) .. 1 (hard) where the dataset knows it.
+        segmentations: N polygons or run lengths of the masks on disk, as annotated, where the dataset has them:
+            evaluation reads these, because transforms resize `masks`.
     """
 
     boxes: Tensor

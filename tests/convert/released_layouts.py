@@ -90,7 +90,14 @@ def detectron_resnet(body: str, depths: tuple[int, ...] = (3, 4, 6, 3)) -> Items
 
 
 def swin(
-    body: str, *, embed: int, depths: tuple[int, ...], heads: tuple[int, ...], window: int, openmmlab: bool
+    body: str,
+    *,
+    embed: int,
+    depths: tuple[int, ...],
+    heads: tuple[int, ...],
+    window: int,
+    openmmlab: bool,
+    first_norm: int = 1,
 ) -> Items:
     stage_name = "stages" if openmmlab else "layers"
     attention = "attn.w_msa" if openmmlab else "attn"
@@ -112,7 +119,7 @@ def swin(
         if stage < 3:
             yield from linear(f"{body}.{stage_name}.{stage}.downsample.reduction", 2 * c, 4 * c, bias=False)
             yield from affine(f"{body}.{stage_name}.{stage}.downsample.norm", 4 * c)
-    for stage in (1, 2, 3):
+    for stage in range(first_norm, 4):
         yield from affine(f"{body}.norm{stage}", embed * 2**stage)
 
 
@@ -123,6 +130,12 @@ def swin_large() -> Items:
 def swin_tiny() -> Items:
     body = "backbone.backbone.bottom_up"
     return swin(body, embed=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, openmmlab=False)
+
+
+def openmmlab_swin(depth: int) -> Items:
+    """T or S, with an output of every stage."""
+    depths, heads = (2, 2, depth, 2), (3, 6, 12, 24)
+    return swin("backbone", embed=96, depths=depths, heads=heads, window=7, openmmlab=True, first_norm=0)
 
 
 # ---- necks
@@ -198,6 +211,13 @@ def openmmlab_two_stage(classes: int = CLASSES) -> Items:
     yield from linear("roi_head.bbox_head.fc_reg", 4 * classes, 1024)
     yield from linear("roi_head.bbox_head.shared_fcs.0", 1024, 256 * 7 * 7)
     yield from linear("roi_head.bbox_head.shared_fcs.1", 1024, 1024)
+
+
+def openmmlab_masks(classes: int = CLASSES) -> Items:
+    for index in range(4):
+        yield from conv(f"roi_head.mask_head.convs.{index}.conv", 256, 256, 3)
+    yield from conv("roi_head.mask_head.upsample", 256, 256, 2)
+    yield from conv("roi_head.mask_head.conv_logits", classes, 256, 1)
 
 
 def detectron_two_stage(classes: int = CLASSES) -> Items:
@@ -382,6 +402,29 @@ RELEASES: dict[str, Release] = {
         "faster_rcnn_r50",
         {**TV_RESNET, "predictor.rpn.ignore_padding": False},
     ),
+    "mmdet faster_rcnn_r101": Release(
+        (lambda: openmmlab_resnet((3, 4, 23, 3)), _mm(C2, ()), openmmlab_two_stage),
+        "faster_rcnn_r101",
+        {**TV_RESNET, "backbone.name": "resnet101.tv_in1k", "predictor.rpn.ignore_padding": False},
+    ),
+    "mmdet mask_rcnn_r50": Release(
+        (openmmlab_resnet, _mm(C2, ()), openmmlab_two_stage, openmmlab_masks),
+        "mask_rcnn_r50",
+        {**TV_RESNET, "predictor.rpn.ignore_padding": False, "data.masks": True},
+    ),
+    **{
+        f"mmdet mask_rcnn swin-{size}": Release(
+            (
+                lambda depth=depth: openmmlab_swin(depth),
+                _mm((96, 192, 384, 768), ()),
+                openmmlab_two_stage,
+                openmmlab_masks,
+            ),
+            f"mask_rcnn_swin{size}",
+            {**TORCHVISION, "predictor.rpn.ignore_padding": False, "data.masks": True},
+        )
+        for size, depth in (("t", 6), ("s", 18))
+    },
     "authors dyhead atss": Release(
         (_body(WRAPPED), _d2(WRAPPED, C3, (256, 256)), authors_dyhead, authors_atss),
         "dyhead_atss_r50_official",

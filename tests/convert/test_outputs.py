@@ -98,6 +98,30 @@ def test_background_moves_to_the_front() -> None:
     torch.testing.assert_close(ours[:, 0], theirs[:, -1])
 
 
+def test_masks_are_what_the_source_makes_of_a_region(tmp_path: Path) -> None:
+    """Convolutions with ReLU, a transposed one with ReLU, and one logit per class; only these weights are random."""
+    shapes = RELEASES["mmdet mask_rcnn_r50"].shapes
+    theirs = random_weights({name: shape for name, shape in shapes.items() if ".mask_head." in name})
+    file = tmp_path / "release.pth"
+    torch.save({"state_dict": {**marked(shapes), **theirs}}, file)
+    converted = read_release(file)
+    with torch.device("meta"):
+        detector = build(converted.config.detector)
+    detector.load_state_dict(converted.state_dict, strict=True, assign=True)
+    regions = torch.randn(2, 256, 14, 14, generator=torch.Generator().manual_seed(1))
+
+    def layer(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return theirs[f"roi_head.mask_head.{name}.weight"], theirs[f"roi_head.mask_head.{name}.bias"]
+
+    expected = regions
+    for index in range(4):
+        expected = F.conv2d(expected, *layer(f"convs.{index}.conv"), padding=1).relu()
+    expected = F.conv2d(F.conv_transpose2d(expected, *layer("upsample"), stride=2).relu(), *layer("conv_logits"))
+    with torch.no_grad():
+        torch.testing.assert_close(detector.predictor.mask_head(regions), expected)
+    assert expected.std() > 1e-2
+
+
 SIZES = [2 ** (octave / 3) for octave in range(3)]
 RATIOS = [0.5, 1.0, 2.0]  # height / width
 ORDERS = {

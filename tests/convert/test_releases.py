@@ -61,6 +61,20 @@ WHERE = {
         "rpn_head.rpn_reg.weight": "rpn.network.head.bbox_pred.weight",
         "roi_head.bbox_head.shared_fcs.1.weight": "predictor.stage.box_head.layers.fc7.weight",
     },
+    "mmdet mask_rcnn_r50": {
+        "roi_head.bbox_head.fc_cls.bias": "predictor.box.stage.box_head.cls.bias",
+        "roi_head.mask_head.convs.2.conv.weight": "predictor.mask_head.layers.2.0.weight",
+        "roi_head.mask_head.upsample.weight": "predictor.mask_head.masks.conv5_mask.weight",
+        "roi_head.mask_head.conv_logits.bias": "predictor.mask_head.masks.mask_fcn_logits.bias",
+    },
+    "mmdet mask_rcnn swin-t": {
+        "backbone.norm0.weight": "backbone.output_norm.0.weight",
+        "backbone.norm3.bias": "backbone.output_norm.3.bias",
+        "neck.lateral_convs.0.conv.weight": "neck.lateral.0.weight",
+    },
+    "mmdet mask_rcnn swin-s": {
+        "backbone.stages.2.blocks.17.ffn.layers.1.bias": "backbone.body.layers_2.blocks.17.mlp.fc2.bias",
+    },
     "authors dyhead atss": {
         "backbone.backbone.bottom_up.stem.conv1.norm.running_mean": "backbone.body.bn1.running_mean",
         "backbone.backbone.bottom_up.res4.0.shortcut.norm.weight": "backbone.body.layer3.0.downsample.1.weight",

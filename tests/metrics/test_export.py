@@ -84,7 +84,7 @@ def test_results_keep_ids_and_floats(tmp_path: Path) -> None:
     masks = torch.rand(1, 80, 100, generator=torch.Generator().manual_seed(0)) > 0.5
     found = Detections(torch.tensor([[1.1, 2.2, 3.3, 4.4]]), torch.tensor([0.3]), torch.tensor([1]), masks)
     empty = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())
-    path = write_results(tmp_path / "deep" / "results.json", [empty, found], [139, 7], CATEGORIES)
+    path = write_results(tmp_path / "deep" / "results.json", to_coco_json([empty, found], [139, 7], CATEGORIES))
     (entry,) = json.loads(path.read_text())
     assert (entry["image_id"], entry["category_id"]) == (7, 70)
     box = found.boxes[0].double()

@@ -26,6 +26,7 @@ FIGURES = {
     "resnext101_64x4d": (81_406_272, None),
     "resnext101_64x4d_dcn": (89_120_874, None),
     "swin_tiny": (27_520_506, 99.094),
+    "swin_small": (48_838_410, None),
     "swin_large": (195_200_820, 812.573),
 }
 

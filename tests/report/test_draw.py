@@ -80,6 +80,27 @@ def test_masks_tint_their_pixels_only() -> None:
     assert changed[250:350, 250:350].all() and not changed[200:249].any()
 
 
+def test_masks_are_translucent_and_the_best_lies_on_top() -> None:
+    masks = torch.zeros(3, 400, 400, dtype=torch.bool)
+    masks[0, 200:300, 200:300] = masks[1, 250:350, 250:350] = masks[2, 300:390, 20:90] = True
+    found = detections([200, 200, 300, 300], [250, 250, 350, 350], [20, 300, 90, 390])
+    found.masks, found.labels, found.scores = masks, torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.5, 0.1])
+    image = torch.full((3, 400, 400), 128, dtype=torch.uint8)
+    image[:, :, ::2] = 60  # stripes must show through
+    picture = np.array(draw_detections(image, found, NAMES)).astype(int)
+
+    def mixed(below: np.ndarray, label: int) -> np.ndarray:
+        share = 110 / 255
+        return (1 - share) * below + share * np.array(class_color(label))
+
+    for column, ground in ((282, 60), (283, 128)):
+        below = np.full(3, ground)
+        assert np.abs(picture[225, column] - mixed(below, 0)).max() <= 1
+        assert np.abs(picture[330, column] - mixed(below, 1)).max() <= 1
+        assert np.abs(picture[275, column] - mixed(mixed(below, 1), 0)).max() <= 2
+    assert (picture[340, 30:80:2] == 60).all(), "below the threshold"
+
+
 def test_boxes_outside_and_of_no_size_and_unnamed_classes_are_drawn() -> None:
     found = detections([-50, -20, 10, 5], [390, 395, 500, 600], [50, 50, 50, 50], label=7)
     assert draw_detections(GREY, found, NAMES).size == (400, 400)
@@ -194,6 +215,24 @@ def test_preview_scales_detections_from_the_image_on_disk() -> None:
     assert edge == [True, True]
     assert preview(image, None, None, None, names=NAMES).width == 96 + 2 * 6
     assert preview(image, truth, None, Routing(), names=NAMES, size=(48, 64), min_side=64).width == 64 + 2 * 6
+
+
+def test_preview_scales_masks_from_the_image_on_disk() -> None:
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)  # the image is 48 x 64 of it
+    truth = target([8, 8, 40, 40], original_size=(480, 640), masks=torch.zeros(1, 64, 96, dtype=torch.bool))
+    found = detections([80, 80, 400, 400])
+    assert truth.masks is not None
+    truth.masks[0, 24:32, 16:24] = True
+    found.masks = torch.zeros(1, 480, 640, dtype=torch.bool)
+    found.masks[0, 240:320, 160:240] = True
+    pixels = np.array(preview(image, truth, found, None, names=NAMES, size=(48, 64), min_side=64))
+    top, left = 6 + 22, 6
+    for index in range(2):
+        panel = pixels[top : top + 48, left + 70 * index : left + 70 * index + 64]
+        tinted = panel[:, 12:36].any(2)[27:36]  # below the label, inside the box
+        expected = np.zeros((9, 24), dtype=bool)
+        expected[:5, 4:12] = True
+        assert (tinted == expected).all()
 
 
 def test_heat_and_strip() -> None:

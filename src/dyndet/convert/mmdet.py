@@ -7,6 +7,7 @@
 | FCOS | `bbox_head.conv_cls`; convolutions of the towers have a bias: the improved one, otherwise the plain one |
 | RetinaNet, FreeAnchor | `bbox_head.retina_cls`; the same tensors: FreeAnchor if the file's meta data name it |
 | Faster R-CNN | `rpn_head` and `roi_head` |
+| Mask R-CNN | `roi_head.mask_head`; Swin-T and Swin-S by `backbone.stages` and the blocks of its third stage |
 
 Depth and groups of a ResNet follow from its tensors. Mean, std, channel order, padding divisor and the place of a
 bottleneck's stride are read from the configuration that releases carry as text in `meta`; without it they follow the
@@ -27,7 +28,11 @@ from dyndet.errors import UserError
 
 NAME = "mmdetection"
 
-_R101 = {"atss_r50": "atss_r101", "dyhead_atss_r50_simple": "dyhead_atss_r101"}
+_R101 = {
+    "atss_r50": "atss_r101",
+    "dyhead_atss_r50_simple": "dyhead_atss_r101",
+    "faster_rcnn_r50": "faster_rcnn_r101",
+}
 
 _DROPPED = (
     drop(r".*\.relative_position_index", "follows from the window size"),
@@ -49,7 +54,6 @@ _SWIN = (
         Rule(rf"{_STAGES}{i}\.downsample\.(.+)", rf"backbone.body.layers_{i + 1}.downsample.\1", merged_by_position)
         for i in range(3)
     ),
-    *(Rule(rf"backbone\.norm{i + 1}\.(.+)", rf"backbone.output_norm.{i}.\1") for i in range(3)),
 )
 _BLOCK = r"neck\.1\.dyhead_blocks\.(\d+)\."
 _DYHEAD = (
@@ -68,15 +72,17 @@ _DENSE = (
     Rule(r"bbox_head\.(?:atss_|conv_|fcos_)?centerness\.(.+)", r"predictor.centerness.\1"),
     Rule(r"bbox_head\.scales\.(\d+)\.scale", r"predictor.scales[\1]"),
 )
-_TWO_STAGE = (
+_RPN = (
     Rule(r"rpn_head\.rpn_conv\.(.+)", r"rpn.network.head.conv.0.0.\1"),
     Rule(r"rpn_head\.rpn_cls\.(.+)", r"rpn.network.head.cls_logits.\1"),
     Rule(r"rpn_head\.rpn_reg\.(.+)", r"rpn.network.head.bbox_pred.\1"),
-    Rule(r"roi_head\.bbox_head\.shared_fcs\.0\.(.+)", r"predictor.stage.box_head.layers.fc6.\1"),
-    Rule(r"roi_head\.bbox_head\.shared_fcs\.1\.(.+)", r"predictor.stage.box_head.layers.fc7.\1"),
-    Rule(r"roi_head\.bbox_head\.fc_cls\.(.+)", r"predictor.stage.box_head.cls.\1", background_first),
-    Rule(r"roi_head\.bbox_head\.fc_reg\.(.+)", r"predictor.stage.box_head.box.\1"),
 )
+_MASKS = (
+    Rule(r"roi_head\.mask_head\.convs\.(\d+)\.conv\.(.+)", r"predictor.mask_head.layers.\1.0.\2"),
+    Rule(r"roi_head\.mask_head\.upsample\.(.+)", r"predictor.mask_head.masks.conv5_mask.\1"),
+    Rule(r"roi_head\.mask_head\.conv_logits\.(.+)", r"predictor.mask_head.masks.mask_fcn_logits.\1"),
+)
+_MASK_LOGITS = "roi_head.mask_head.conv_logits.weight"
 
 
 def _neck(levels: int) -> list[Rule]:
@@ -86,6 +92,23 @@ def _neck(levels: int) -> list[Rule]:
         Rule(prefix + r"lateral_convs\.(\d+)\.conv\.(.+)", r"neck.lateral.\1.\2"),
         *(Rule(prefix + rf"fpn_convs\.{i}\.conv\.(.+)", rf"neck.output.{i}.\1") for i in range(levels)),
         *(Rule(prefix + rf"fpn_convs\.{levels + i}\.conv\.(.+)", rf"neck.extra.{i}.\1") for i in range(2)),
+    ]
+
+
+def _swin_norms(shapes: Shapes) -> list[Rule]:
+    """A norm carries the number of its stage, the first with an output is 0 or 1."""
+    first = 0 if has(shapes, r"backbone\.norm0\.") else 1
+    return [Rule(rf"backbone\.norm{first + i}\.(.+)", rf"backbone.output_norm.{i}.\1") for i in range(4 - first)]
+
+
+def _boxes(shapes: Shapes) -> list[Rule]:
+    """The boxes' stage; with masks, it is a part of the second stage."""
+    source, target = r"roi_head\.bbox_head\.", "predictor.box.stage" if _MASK_LOGITS in shapes else "predictor.stage"
+    return [
+        Rule(source + r"shared_fcs\.0\.(.+)", target + r".box_head.layers.fc6.\1"),
+        Rule(source + r"shared_fcs\.1\.(.+)", target + r".box_head.layers.fc7.\1"),
+        Rule(source + r"fc_cls\.(.+)", target + r".box_head.cls.\1", background_first),
+        Rule(source + r"fc_reg\.(.+)", target + r".box_head.box.\1"),
     ]
 
 
@@ -124,7 +147,7 @@ def recipe(source: Source) -> Recipe:
         if dyhead and cls[-1] == 3:
             experiment = "dyhead_atss_r50_simple"
         elif dyhead:
-            experiment = "dyhead_atss_swinl" if has(shapes, r"backbone\.stages\.") else "dyhead_atss_r50_reproduction"
+            experiment = "dyhead_atss_swinl" if has(shapes, _STAGES) else "dyhead_atss_r50_reproduction"
         classes = cls[0]
     elif "bbox_head.retina_cls.weight" in shapes:
         experiment = "freeanchor_r50" if "FreeAnchorRetinaHead" in text else "retinanet_r50"
@@ -137,7 +160,10 @@ def recipe(source: Source) -> Recipe:
         settings |= CAFFE if improved else {"preprocess.mean": [102.9801 / 255, 115.9465 / 255, 122.7717 / 255]}
         classes = next(shape[0] for name, shape in shapes.items() if re.match(r"bbox_head\.(conv|fcos)_cls\.", name))
     elif "roi_head.bbox_head.fc_cls.weight" in shapes:
-        experiment = "faster_rcnn_r50"
+        experiment = "mask_rcnn_r50" if _MASK_LOGITS in shapes else "faster_rcnn_r50"
+        if _MASK_LOGITS in shapes and has(shapes, _STAGES):
+            deep = count(shapes, _STAGES + r"2\.blocks\.(\d+)\.") == 18
+            experiment = "mask_rcnn_swins" if deep else "mask_rcnn_swint"
         classes = shapes["roi_head.bbox_head.fc_cls.weight"][0] - 1
         settings |= {"predictor.rpn.ignore_padding": False}
     else:
@@ -154,12 +180,14 @@ def recipe(source: Source) -> Recipe:
         experiment = _R101.get(experiment, experiment) if name == "resnet101" else experiment
     rules = [
         *_DROPPED,
-        *(_RESNET if name else _SWIN),
+        *(_RESNET if name else (*_SWIN, *_swin_norms(shapes))),
         *_neck(count(shapes, r"neck\.(?:0\.)?lateral_convs\.(\d+)")),
         *_DYHEAD,
         *_towers(convs, norms=has(shapes, r"bbox_head\.cls_convs\.\d+\.gn\.")),
         *_DENSE,
-        *_TWO_STAGE,
+        *_RPN,
+        *_boxes(shapes),
+        *_MASKS,
     ]
     settings |= _settings(text)
     return Recipe(experiment, rules, classes, settings, _class_names(source.meta), note)

@@ -225,6 +225,7 @@ class FileDataset:
             labels=torch.from_numpy(record.labels.copy()),
             crowd=torch.from_numpy(record.crowd.copy()),
             masks=record.masks() if self.load_masks else None,
+            segmentations=record.segmentations if self.load_masks else None,
             area=None if record.areas is None else torch.from_numpy(record.areas.copy()),
             image_id=record.image_id,
             original_size=record.size,

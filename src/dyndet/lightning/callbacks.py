@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from dyndet.structures import Batch, Detections, Target
+from dyndet.metrics.export import to_coco_json
+from dyndet.structures import Batch, Category
 
 
 class ExactResume(Callback):
@@ -88,11 +90,21 @@ class Progress(RichProgressBar):
 
 
 class Collect(Callback):
-    """Keeps every detection of a validation with its target, and the seconds that the steps took."""
+    """Keeps what a validation found as COCO results, and the seconds that the steps took.
 
-    def __init__(self) -> None:
-        self.detections: list[Detections] = []
-        self.targets: list[Target] = []
+    Args:
+        categories: label k is `categories[k]`.
+
+    Attributes:
+        results: see `to_coco_json`; masks are run lengths, as the pixels of a whole set would fill the memory.
+        images: how many there were.
+        seconds: of the steps of this process.
+    """
+
+    def __init__(self, categories: Sequence[Category]) -> None:
+        self.categories = categories
+        self.results: list[dict[str, Any]] = []
+        self.images = 0
         self.seconds = 0.0
         self._started = 0.0
 
@@ -111,12 +123,12 @@ class Collect(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self.seconds += time.perf_counter() - self._started
-        self.detections += [item.to("cpu") for item in outputs["detections"]]
-        self.targets += [target.to("cpu") for target in batch.targets]
+        self.results += to_coco_json(outputs["detections"], batch.targets, self.categories)
+        self.images += len(batch.targets)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:  # every process has seen its own images
             parts: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(parts, (self.detections, self.targets))
-            self.detections = [item for detections, _ in parts for item in detections]
-            self.targets = [item for _, targets in parts for item in targets]
+            dist.all_gather_object(parts, (self.results, self.images))
+            self.results = [item for results, _ in parts for item in results]
+            self.images = sum(images for _, images in parts)

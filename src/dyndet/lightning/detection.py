@@ -22,7 +22,8 @@ from dyndet.structures import Batch, Category
 class DetectionModule(LightningModule):
     """Trains and validates any detector.
 
-    Validation logs `val/AP`, `val/AP50`, ... and the executed multiply-adds (`macs/...`, `gates/...`).
+    Validation logs `val/AP`, `val/AP50`, ... (of masks `val/segm/AP`, ...) and the executed multiply-adds (`macs/...`,
+    `gates/...`).
 
     Args:
         detector: the model.
@@ -47,7 +48,7 @@ class DetectionModule(LightningModule):
         self.build_optimizer = optimizer
         self.build_schedule = schedule
         self.config = config
-        self.ap = CocoMetric(self.categories)
+        self.ap = CocoMetric(self.categories, iou_type=("bbox", "segm") if detector.has_masks else "bbox")
         self.compute = ComputeMeter(strides=detector.strides)
         self.static = StaticCosts(detector)
         self.validated_step = -1  # global step of the weights that were validated last

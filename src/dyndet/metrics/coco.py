@@ -36,7 +36,8 @@ class CocoMetric(MeanAveragePrecision):
     under DDP the processes may have seen different numbers of images.
 
     Small, medium and large follow the annotated area where the target has one, else that of the box (official COCO
-    counts mask pixels, so its APs, APm and APl differ from those of boxes alone; AP, AP50 and AP75 do not).
+    counts mask pixels, so its APs, APm and APl differ from those of boxes alone; AP, AP50 and AP75 do not). For masks
+    the areas are those of masks, of detections as well.
 
     Args:
         categories: label k is `categories[k]`.
@@ -114,7 +115,7 @@ class CocoMetric(MeanAveragePrecision):
             if item.masks is None and len(item):
                 raise UserError("masks are to be evaluated, but this detector finds boxes only: use iou_type=bbox")
             masks = torch.zeros(0, 1, 1) if item.masks is None else item.masks
-            values["masks"] = masks.detach().cpu().to(torch.uint8)
+            values["masks"] = masks.detach().cpu().bool().view(torch.uint8)
         return values
 
     def _annotated(self, item: Target, size: Size) -> dict[str, Tensor]:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dyndet.data.dataset import DetectionDataset
-from dyndet.data.masks import encode_mask
+from dyndet.data.masks import decode_mask, encode_mask
 from dyndet.errors import DataError, UserError
 from dyndet.structures import Category, Detections, Size, Target
 
@@ -45,13 +46,18 @@ def original_xywh(target: Target, size: Size) -> Tensor:
 
 
 def original_masks(target: Target, size: Size) -> Tensor:
-    """(N, H, W) bool masks at the size of the image on disk (nearest pixel, so exact only if it was not resized).
+    """(N, H, W) bool masks at the size of the image on disk: as annotated where the target knows.
+
+    Else they are resized back to the nearest pixel, which is exact unless the image had been made smaller.
 
     Raises:
         UserError: if the target has no masks.
     """
+    if target.segmentations:
+        return torch.from_numpy(np.stack([decode_mask(item, target.original_size) for item in target.segmentations]))
     if target.masks is None:
-        raise UserError(f"image {target.image_id} {target.path} has no masks: load the dataset with masks")
+        where = f"image {target.image_id} {target.path}".rstrip()
+        raise UserError(f"{where} has no masks to evaluate those of this detector: set data.masks=true")
     masks = target.masks.detach().cpu()[:, : size[0], : size[1]]
     if target.original_size in ((0, 0), tuple(size)) or not len(masks):
         return masks.bool()
@@ -70,6 +76,9 @@ def to_coco_json(
 ) -> list[dict[str, Any]]:
     """COCO results: one dict per detection, with original image and category ids and unrounded boxes.
 
+    Masks become run lengths. (pycocotools then still takes the area of the box; where AP of masks by size matters,
+    leave out "bbox".)
+
     Args:
         detections: one per image, in pixels of the image on disk.
         images: the target, or the image id, of each.
@@ -86,14 +95,9 @@ def to_coco_json(
     return results
 
 
-def write_results(
-    path: str | Path,
-    detections: Sequence[Detections],
-    images: Sequence[Target] | Sequence[int],
-    categories: Sequence[Category],
-) -> Path:
-    """Writes `to_coco_json` to a file; missing folders are made."""
-    return _write(path, to_coco_json(detections, images, categories))
+def write_results(path: str | Path, results: Sequence[dict[str, Any]]) -> Path:
+    """Writes what `to_coco_json` gave to a file; missing folders are made."""
+    return _write(path, list(results))
 
 
 def write_ground_truth(dataset: DetectionDataset, path: str | Path | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def draw_detections(
     min_side: int = MIN_SIDE,
     line: int = 2,
 ) -> Image.Image:
-    """Detections with their scores, or ground truth with crowds dashed, each class in its colour.
+    """Detections with their scores, or ground truth with crowds dashed, each class in its colour; masks as a tint.
 
     Args:
         image: (3, H, W), uint8 or float in 0..1; enlarged by a whole factor when smaller than `min_side`.
@@ -46,10 +46,10 @@ def draw_detections(
     crowds = found.crowd.tolist() if isinstance(found, Target) else [False] * len(labels)
     shown = [index for index, score in enumerate(scores) if score is None or score >= score_threshold]
     if found.masks is not None:
-        for index in shown:
-            picture = _with_mask(picture, found.masks[index], class_color(labels[index]))
+        for index in reversed(shown):  # the best on top
+            _tint(picture, found.masks[index], class_color(labels[index]))
     pen = ImageDraw.Draw(picture)
-    for index in reversed(shown):  # the best on top
+    for index in reversed(shown):
         _rectangle(pen, boxes[index], class_color(labels[index]), line, dashed=crowds[index])
     tags: list[Box] = []
     for index in shown:
@@ -84,11 +84,10 @@ def contact_sheet(
     return sheet
 
 
-def _with_mask(picture: Image.Image, mask: Tensor, color: Color, strength: int = 110) -> Image.Image:
-    """The picture with the mask's pixels tinted."""
+def _tint(picture: Image.Image, mask: Tensor, color: Color, strength: int = 110) -> None:
+    """Mixes a colour into the mask's pixels, so that they stay visible."""
     alpha = Image.fromarray(mask.detach().cpu().to(torch.uint8).numpy() * strength)
-    alpha = alpha.resize(picture.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", picture.size, color), picture, alpha)
+    picture.paste(color, (0, 0), alpha.resize(picture.size, Image.Resampling.NEAREST))
 
 
 def _rectangle(pen: ImageDraw.ImageDraw, box: Box, color: Color, line: int, *, dashed: bool) -> None:

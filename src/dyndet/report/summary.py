@@ -29,9 +29,11 @@ def print_summary(
         console.print(_densities(report))
         dead = ", ".join(report.gate_name(key) for key in report.dead)
         console.print(f"gates that never opened: {dead or 'none'}", highlight=False)
-    scores = {key.removeprefix("val/"): value for key, value in metrics.items() if key.startswith("val/AP")}
-    overall = [f"{name} {scores[name]:.3f}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if name in scores]
-    console.print("accuracy   " + "   ".join(overall), highlight=False)
+    for what, prefix in (("accuracy", "val/"), ("of masks", "val/segm/")):
+        names = [name for name in ("AP", "AP50", "AP75", "APs", "APm", "APl") if prefix + name in metrics]
+        if names or what == "accuracy":
+            overall = [f"{name} {metrics[prefix + name]:.3f}" for name in names]
+            console.print(f"{what}   " + "   ".join(overall), highlight=False)
     table = Table("GMAC per image (1 MAC = 1 multiply-add)", "mean", "max", "min")
     for row in report.as_table():
         table.add_row(*row.values())

@@ -64,6 +64,11 @@ class Detector(nn.Module, ABC):
     def strides(self) -> list[int]:
         """Pixels per position of every level."""
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether detections carry masks, and targets must for training."""
+        return False
+
     @abstractmethod
     def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
         """Detection losses and, where something was routed, the budget; call it in training mode.

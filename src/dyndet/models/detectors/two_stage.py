@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -15,32 +15,14 @@ from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.none import NoHead
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.preprocess import Preprocess
-from dyndet.models.two_stage.roi import RoISamples
+from dyndet.models.two_stage.mask import MaskRCNN, paste_masks
+from dyndet.models.two_stage.roi import RoIPredictor
 from dyndet.models.two_stage.rpn import RPN
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Size, Target
 
 
-class RoIPredictor(Protocol):
-    """Any second stage: `FastRCNN`, `CascadeRCNN`."""
-
-    num_classes: int
-    size: int
-
-    def __call__(self, regions: Tensor) -> Any: ...
-
-    def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> RoISamples: ...
-
-    def losses(
-        self, features: Sequence[Tensor], samples: RoISamples, targets: Sequence[Target], sizes: Sequence[Size]
-    ) -> dict[str, Tensor]: ...
-
-    def detections(
-        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
-    ) -> list[Detections]: ...
-
-
 class TwoStageDetector(PyramidDetector):
-    """Any head with one output between any pyramid and an RPN with its second stage (Faster R-CNN, Cascade R-CNN).
+    """Any head with one output between any pyramid and an RPN with its second stage (Faster, Cascade, Mask R-CNN).
 
     Args:
         preprocess: pixels to network input.
@@ -75,13 +57,19 @@ class TwoStageDetector(PyramidDetector):
             budget=budget,
             precision=precision,
         )
+        if preprocess.centred:
+            raise ValueError("a two-stage detector reads images at the top left: set preprocess.centred=false")
         self.rpn = rpn
         self.predictor = predictor
+
+    @property
+    def has_masks(self) -> bool:
+        return isinstance(self.predictor, MaskRCNN)
 
     def losses_from(
         self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
     ) -> Losses:
-        """As of `Detector.losses`: `rpn_cls`, `rpn_box`, `cls`, `box` and, where something was routed, `budget`."""
+        """As of `Detector.losses`: `rpn_cls`, `rpn_box`, `cls`, `box`; `mask` and `budget` where there are such."""
         sizes, output, valid = self._attended(maps, batch)
         wanted = [_trainable(target).to(batch.pixels.device) for target in targets]
         raw = self.run_part("predictor", self.rpn, output.cls)
@@ -102,17 +90,27 @@ class TwoStageDetector(PyramidDetector):
         return self.run_part("predictor", self.rpn, self._attended(maps, batch)[1].cls)
 
     def stages_after(self, maps: Sequence[Tensor], *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """As of `Detector.stages`: "neck", "head", "rpn", and "roi" on as many regions as the RPN may propose."""
+        """As of `Detector.stages`: "neck", "head", "rpn", "roi" on as many regions as the RPN may propose, and, where
+        there are masks, "mask" on as many as may be found.
+        """
 
         def rpn(output: HeadOutput) -> Tensor:
             self.rpn(output.cls)
             return output.cls[0]
 
-        def roi(features: Tensor) -> Any:
-            count, size = self.rpn.max_proposals * len(features), self.predictor.size
-            return self.predictor(features.new_zeros(count, features.shape[1], size, size))
+        def roi(features: Tensor) -> Tensor:
+            self.predictor(_regions(features, self.rpn.max_proposals, self.predictor.size))
+            return features
 
-        yield from self._stages(maps, head, ("rpn", rpn), ("roi", roi))
+        parts: list[tuple[str, Callable[[Any], Any]]] = [("rpn", rpn), ("roi", roi)]
+        if isinstance(self.predictor, MaskRCNN):
+            masks = self.predictor
+
+            def mask(features: Tensor) -> Tensor:
+                return masks.mask_head(_regions(features, masks.max_detections, masks.mask_pool.size))
+
+            parts.append(("mask", mask))
+        yield from self._stages(maps, head, *parts)
 
     def _attended(
         self, maps: Sequence[Tensor], batch: ImageBatch
@@ -129,9 +127,19 @@ def _trainable(target: Target | dict[str, Tensor]) -> Target:
     return target if bool(solid.all()) else target[solid]
 
 
+def _regions(features: Tensor, count: int, size: int) -> Tensor:
+    """Stands for pooled features of so many regions per image."""
+    return features.new_zeros(count * len(features), features.shape[1], size, size)
+
+
 def _in_original_pixels(found: Sequence[Detections], images: ImageBatch) -> list[Detections]:
     ratios = (images.original_sizes / images.sizes).flip(1).repeat(1, 2)  # width, height, width, height
-    return [replace(item, boxes=item.boxes * ratio.to(item.boxes)) for item, ratio in zip(found, ratios, strict=True)]
+    moved = []
+    for item, ratio, (height, width) in zip(found, ratios, images.original_sizes.tolist(), strict=True):
+        boxes = item.boxes * ratio.to(item.boxes)
+        masks = None if item.masks is None else paste_masks(item.masks, boxes, (height, width))
+        moved.append(replace(item, boxes=boxes, masks=masks))
+    return moved
 
 
 def assemble_two_stage(

@@ -92,6 +92,7 @@ class CascadeRCNN(nn.Module):
         self.loss_weights = list(loss_weights)
         self.size = size
         self.num_classes = num_classes
+        self.max_detections = max_detections
         self.beta = beta
 
     def forward(self, regions: Tensor) -> list[tuple[Tensor, Tensor]]:

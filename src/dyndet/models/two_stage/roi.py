@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,32 @@ class RoISamples:
     matched: list[Tensor]
     labels: list[Tensor]
     deltas: list[Tensor]
+
+
+class RoIPredictor(Protocol):
+    """Any second stage: `FastRCNN`, `CascadeRCNN`, `MaskRCNN`.
+
+    Attributes:
+        num_classes: K.
+        size: S of the regions that a call takes.
+        max_detections: per image.
+    """
+
+    num_classes: int
+    size: int
+    max_detections: int
+
+    def __call__(self, regions: Tensor) -> Any: ...
+
+    def sample(self, proposals: Sequence[Tensor], targets: Sequence[Target]) -> RoISamples: ...
+
+    def losses(
+        self, features: Sequence[Tensor], samples: RoISamples, targets: Sequence[Target], sizes: Sequence[Size]
+    ) -> dict[str, Tensor]: ...
+
+    def detections(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
+    ) -> list[Detections]: ...
 
 
 class PyramidRoIAlign(nn.Module):
@@ -233,6 +260,7 @@ class FastRCNN(nn.Module):
         )
         self.size = size
         self.num_classes = num_classes
+        self.max_detections = max_detections
         self.beta = beta
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
