@@ -165,6 +165,8 @@ def test_class_objectness_and_overlap_make_the_cost() -> None:
     assert choose(torch.stack([unsure, SURE]), strips(0.5, 0.2), WHOLE, FIRST, 10).tolist() == [0, -1]
     # but not 3 log(0.5 / 0.4) = 0.7
     assert choose(torch.stack([unsure, SURE]), strips(0.5, 0.4), WHOLE, FIRST, 10).tolist() == [-1, 0]
+    # No overlap costs 3 log(1e8) = 55; hardly any, 3 log(100) = 14, is better even with the wrong class, 9.
+    assert choose(torch.stack([SURE, wrong]), strips(0.0, 0.01), WHOLE, FIRST, 10).tolist() == [-1, 0]
 
 
 def test_a_conflict_goes_to_the_cheapest_of_those_who_take() -> None:

@@ -13,6 +13,7 @@ from yolo_oracles import ANCHORS, CANVAS, STRIDES, YoloScene, random_preds
 
 from dyndet import build_detector
 from dyndet.config import build, compose_experiment
+from dyndet.models.fuse import fused
 from dyndet.models.predictors.implicit import ImplicitConv
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.models.predictors.yolo import YoloPredictor
@@ -53,6 +54,16 @@ def test_implicit_vectors_fold_into_the_convolution() -> None:
     with torch.no_grad():
         plain.weight.zero_()
     assert torch.equal(conv(x), by_hand)
+
+
+def test_a_fused_predictor_has_plain_convolutions() -> None:
+    module = predictor().double()
+    features = [torch.randn(2, 4, CANVAS[0] // s, CANVAS[1] // s).double() for s in STRIDES]
+    plain = fused(module)
+    assert all(type(conv) is nn.Conv2d for conv in plain.convs)
+    pairs = zip(module(HeadOutput(features, [])), plain(HeadOutput(features, [])), strict=True)
+    assert all(torch.allclose(a["pred"], b["pred"], rtol=0, atol=1e-12) for a, b in pairs)
+    assert all(isinstance(conv, ImplicitConv) for conv in module.convs)
 
 
 def test_implicit_vectors_start_near_nothing() -> None:
