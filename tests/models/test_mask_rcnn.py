@@ -338,6 +338,19 @@ def test_the_cost_of_masks_is_a_part_of_its_own() -> None:
     assert counts["mask"] == 100 * (14**2 * (2 * 16 * 16 * 9 + 16 * 16 * 4) + 28**2 * 16 * 3)
 
 
+def test_a_cascade_of_two_detectors_has_masks_too() -> None:
+    keys = ["detector=cascade_two_stage", "neck.channels=16", "predictor.roi.head.hidden=16"]
+    torch.manual_seed(0)
+    detector = build_detector("shapes_mask_rcnn", [*keys, "predictor.roi.box.score_threshold=0.0"])
+    assert detector.has_masks and not published("faster_rcnn_r50").has_masks
+    pixels, target = scene()
+    losses = detector.train().losses(pixels[None], [target])
+    assert {"first/mask", "second/mask"} <= losses.terms.keys()
+    losses.total.backward()
+    (found,) = detector.eval().detect(pixels[None])
+    assert found.masks is not None and found.masks.shape == (len(found), 64, 96) and len(found)
+
+
 def overlap(found: Detections, target: dict[str, Tensor]) -> list[float]:
     """Of every object's mask with that of the best detection of its class."""
     assert found.masks is not None

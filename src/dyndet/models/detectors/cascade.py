@@ -74,6 +74,10 @@ class CascadeDetector(Detector):
     def strides(self) -> list[int]:
         return self.second.strides
 
+    @property
+    def has_masks(self) -> bool:
+        return self.second.has_masks
+
     def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
         """Both detectors' losses, equally weighted (`first/...` and `second/...`), and the second's routing."""
         first, second = self.both_losses(images, targets)
