@@ -6,9 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from official import official
 from torch import Generator, Tensor
 
@@ -124,6 +127,32 @@ def test_the_worse_the_masks_the_lower_their_ap() -> None:
     assert right.compute()["segm/AP"] == pytest.approx(1)
     values = half.compute()
     assert values["AP"] == pytest.approx(1) and values["segm/AP75"] == 0 and values["segm/AP50"] < 0.5
+
+
+def _some(images: slice) -> dict[str, float]:
+    dataset = ShapesDataset(length=7, size=64, load_masks=True)
+    targets = [dataset[index].target for index in range(7)]
+    draw = torch.Generator().manual_seed(0)
+    detections = [disturbed(target, draw, 3) for target in targets]
+    metric = CocoMetric(dataset.categories, iou_type=KINDS)
+    metric.update(detections[images], targets[images])
+    return metric.compute()
+
+
+def _process(rank: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    results[rank] = _some(slice(0, 2) if rank == 0 else slice(2, None))
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.start_processes(_process, (str(tmp_path / "store"), results), nprocs=2, start_method="fork")  # type: ignore[attr-defined]
+        alone = _some(slice(None))
+        assert results[0] == pytest.approx(alone, nan_ok=True) and results[1] == pytest.approx(alone, nan_ok=True)
+    assert alone["segm/AP"] > 0.1
 
 
 def test_targets_without_masks_are_named_with_the_key_that_loads_them() -> None:
