@@ -57,7 +57,7 @@ def original_masks(target: Target, size: Size) -> Tensor:
         return torch.from_numpy(np.stack([decode_mask(item, target.original_size) for item in target.segmentations]))
     if target.masks is None:
         where = f"image {target.image_id} {target.path}".rstrip()
-        raise UserError(f"{where} has no masks to evaluate those of this detector: set data.masks=true, on data with masks")
+        raise UserError(f"{where} has no masks to compare with: set data.masks=true, on data with masks")
     masks = target.masks.detach().cpu()[:, : size[0], : size[1]]
     if target.original_size in ((0, 0), tuple(size)) or not len(masks):
         return masks.bool()

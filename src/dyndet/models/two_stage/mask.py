@@ -177,5 +177,5 @@ def _masks_of(target: Target) -> Tensor:
         return target.masks
     if len(target.labels):
         where = f"image {target.image_id} {target.path}".rstrip()
-        raise UserError(f"{where} has no masks, from which this detector learns: set data.masks=true, on data with masks")
+        raise UserError(f"{where} has no masks for this detector to learn: set data.masks=true, on data with masks")
     return torch.zeros(0, 1, 1, device=target.boxes.device)
