@@ -97,6 +97,10 @@ def test_a_cell_is_set_where_half_of_it_is_covered() -> None:
     assert cropped.shape == (5, 4, 4) and cropped.dtype == torch.bool
     for index, expected in enumerate(([0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0])):
         assert cropped[index].int().tolist() == [expected] * 4
+    middle = ((torch.arange(40) % 10 - 4.5).abs() < 2).repeat(40, 1)
+    dots = middle & middle.T  # 4 x 4 pixels in the middle of every cell
+    box = torch.tensor([[0.0, 0, 40, 40]]).repeat(2, 1)
+    assert crop_masks(torch.stack([dots, ~dots]), box, torch.arange(2), 4).float().mean((1, 2)).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("left, top", [(0, 0), (7, 3), (20, 12)])
