@@ -104,6 +104,7 @@ def _lesson_data(config: DictConfig, lessons: Lessons) -> DetectionDataModule:
     data: DetectionDataModule = build(
         module,
         train=lessons,
+        train_mix=None,
         train_transform=None,
         batch_size=config.router.batch_size,
         val_batch_size=config.data.module.get("val_batch_size") or config.data.module.batch_size,
