@@ -76,8 +76,23 @@ def test_masks_tint_their_pixels_only() -> None:
     mask = torch.zeros(1, 400, 400, dtype=torch.bool)
     mask[:, 250:350, 250:350] = True
     item = target([10, 10, 60, 60], masks=mask)
-    changed = (np.array(draw_detections(GREY, item, NAMES)) != 128).any(2)
-    assert changed[250:350, 250:350].all() and not changed[200:249].any()
+    picture = np.array(draw_detections(GREY, item, NAMES))
+    changed = (picture != 128).any(2)
+    assert changed[250:350, 250:350].all() and not changed[200:250].any() and not changed[350:].any()
+    outline = (picture == class_color(0)).all(2)[245:355, 245:355]
+    expected = np.zeros((110, 110), dtype=bool)
+    expected[5:105, 5:105] = True
+    expected[6:104, 6:104] = False
+    assert (outline == expected).all()
+
+
+def test_masks_may_be_empty_or_reach_the_border() -> None:
+    masks = torch.zeros(2, 400, 400, dtype=torch.bool)
+    masks[1, :, :3] = True
+    found = detections([10, 10, 60, 60], [10, 10, 60, 60])
+    found.masks = masks
+    picture = np.array(draw_detections(GREY, found, NAMES))
+    assert (picture[:, 0] == class_color(0)).all() and (picture[100:, 3] == 128).all()
 
 
 def test_masks_are_translucent_and_the_best_lies_on_top() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from dyndet.report.style import MIN_SIDE, Color, class_color, enlarged, enlargement, font, text_color, to_picture
@@ -85,9 +85,16 @@ def contact_sheet(
 
 
 def _tint(picture: Image.Image, mask: Tensor, color: Color, strength: int = 110) -> None:
-    """Mixes a colour into the mask's pixels, so that they stay visible."""
+    """Mixes a colour into the mask's pixels, which stay visible, and draws the outline in it."""
     alpha = Image.fromarray(mask.detach().cpu().to(torch.uint8).numpy() * strength)
-    picture.paste(color, (0, 0), alpha.resize(picture.size, Image.Resampling.NEAREST))
+    alpha = alpha.resize(picture.size, Image.Resampling.NEAREST)
+    place = alpha.getbbox()
+    if place is None:
+        return
+    left, top, right, bottom = place
+    alpha = alpha.crop((left - 1, top - 1, right + 1, bottom + 1))  # with a border, beyond the picture if need be
+    outline = ImageChops.subtract(alpha, alpha.filter(ImageFilter.MinFilter(3))).point([0, *[255] * 255])
+    picture.paste(color, (left - 1, top - 1), ImageChops.lighter(alpha, outline))
 
 
 def _rectangle(pen: ImageDraw.ImageDraw, box: Box, color: Color, line: int, *, dashed: bool) -> None:
