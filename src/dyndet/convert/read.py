@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndet.errors import UserError
 
@@ -83,6 +83,8 @@ def read_source(path: str | Path, *, trust: bool = False) -> Source:
     if isinstance(content, Mapping):
         weights = next((content[key] for key in ("state_dict", "model") if key in content), content)
         meta = content.get("meta")
+    if isinstance(weights, nn.Module):  # only where its class was trusted
+        weights = weights.state_dict()
     if not isinstance(weights, Mapping):
         raise UserError(f"{path} holds a {type(weights).__name__}, not tensors by name")
     tensors = {str(key): _tensor(value) for key, value in weights.items()}

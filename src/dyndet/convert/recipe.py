@@ -36,6 +36,8 @@ class Recipe:
         num_classes: K.
         names: of the classes, where the file has them.
         note: what no tensor tells and the user may have to.
+        options: Hydra overrides that add parts which the experiment leaves out.
+        remarks: what the user should know in any case.
     """
 
     experiment: str
@@ -44,6 +46,8 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     names: list[str] | None = None
     note: str = ""
+    options: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
 
 def count(shapes: Shapes, pattern: str) -> int:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dyndet.config import build, compose_experiment
-from dyndet.convert import cvpods, detectron2, mmdet
+from dyndet.convert import cvpods, detectron2, dynamicdet, mmdet
 from dyndet.convert.coco import categories_for
 from dyndet.convert.engine import Report, apply_rules
 from dyndet.convert.read import Source, read_source
@@ -21,8 +21,10 @@ from dyndet.convert.recipe import FILLS, Recipe
 from dyndet.errors import UserError
 from dyndet.structures import Category
 
-SOURCES = (mmdet, cvpods, detectron2)
+SOURCES = (mmdet, cvpods, detectron2, dynamicdet)
 """In the order in which they are asked whether a file is theirs."""
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Converted:
         state_dict: weights, by our names.
         categories: label k is `categories[k]`.
         report: what became of every tensor.
-        source: "mmdetection", "detectron2" or "cvpods".
-        note: what no tensor tells and the user may have to.
+        source: the `NAME` of one of `SOURCES`.
+        note: what no tensor tells and the user may have to, and what its publishers ask of users.
     """
 
     experiment: str
@@ -70,7 +72,7 @@ def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = Fa
     """Reads a released checkpoint.
 
     Args:
-        path: a file of mmdetection, detectron2 or cvpods.
+        path: a file of mmdetection, detectron2, cvpods, DynamicDet or YOLOv7.
         experiment: a name under `conf/experiment`; "auto" takes what the tensors and the file's meta data say.
         trust: see `read_source`.
 
@@ -82,15 +84,17 @@ def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = Fa
     module = next((module for module in SOURCES if module.recognise(shapes)), None)
     if module is None:
         names = ", ".join(list(shapes)[:3])
-        raise UserError(f"{path} is of no source that dyndet knows (mmdetection, detectron2, cvpods): it has {names}")
+        known = ", ".join(module.NAME for module in SOURCES)
+        raise UserError(f"{path} is of no source that dyndet knows ({known}): it has {names}")
     try:
         recipe = module.recipe(source)
     except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor that says what the release is
         raise UserError(f"{path} ({module.NAME}) lacks a part of its head or holds it damaged: {error}") from error
     name = recipe.experiment if experiment == "auto" else experiment
-    config = compose_experiment(name)
-    config.backbone.weights = "none"
-    overrides = _adapt(config, recipe, source.path)
+    config = compose_experiment(name, recipe.options)
+    if "weights" in config.backbone:
+        config.backbone.weights = "none"
+    overrides = [*recipe.options, *_adapt(config, recipe, source.path)]
     _check_pixels(source, config)
     with torch.device("meta"):
         expected = build(config.detector).state_dict()
@@ -104,7 +108,7 @@ def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = Fa
         categories=categories_for(recipe.num_classes, recipe.names),
         report=report,
         source=module.NAME,
-        note=recipe.note if experiment == "auto" else "",
+        note="; ".join([*([recipe.note] if recipe.note and experiment == "auto" else []), *recipe.remarks]),
     )
 
 
@@ -133,7 +137,7 @@ def _adapt(config: DictConfig, recipe: Recipe, path: Path) -> list[str]:
     overrides = []
     for key, value in {"data.num_classes": recipe.num_classes, **recipe.settings}.items():
         current = _current(config, key)
-        if current is None:
+        if current is _ABSENT:
             raise UserError(
                 f"{path} is a release of {recipe.experiment}, not of {config.name}: that has no {key}; "
                 "leave experiment=auto"
@@ -145,9 +149,9 @@ def _adapt(config: DictConfig, recipe: Recipe, path: Path) -> list[str]:
 
 
 def _current(config: DictConfig, key: str) -> Any:
-    value = OmegaConf.select(config, key)
-    if key == "backbone.name":  # "resnet50.tv_in1k": which weights it would start from does not matter here
-        return str(value).partition(".")[0]
+    value = OmegaConf.select(config, key, default=_ABSENT)
+    if key == "backbone.name" and isinstance(value, str):
+        return value.partition(".")[0]  # "resnet50.tv_in1k": which weights it would start from does not matter here
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 

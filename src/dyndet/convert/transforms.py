@@ -24,3 +24,13 @@ def merged_by_position(tensor: Tensor) -> Tensor:
 def background_first(tensor: Tensor) -> Tensor:
     """Rows of a classifier of K + 1 classes: background from the last row to the first."""
     return tensor.roll(1, 0)
+
+
+def without_batch(tensor: Tensor) -> Tensor:
+    """(1, C, 1, 1) -> (C, 1, 1)."""
+    return tensor.squeeze(0)
+
+
+def anchor_pairs(tensor: Tensor) -> Tensor:
+    """(L, 1, A, 1, 1, 2) -> (L, A, 2)."""
+    return tensor.flatten(1).unflatten(1, (-1, 2))
