@@ -211,13 +211,6 @@ def test_overlaps_and_numbers() -> None:
     assert len(found_in(predictor(1), raw)) == 4
     one = Postprocess(score_threshold=0.001, topk=3, iou_threshold=0.65, max_detections=300, clip="after")
     assert found_in(predictor(1, postprocess=one), raw).scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
-    default = predictor().postprocess
-    assert (default.score_threshold, default.topk, default.iou_threshold, default.max_detections) == (
-        0.001,
-        30_000,
-        0.65,
-        300,
-    )
     for shift, number in ((2.0, 1), (3.5, 2)):  # boxes of 14 x 22, so many pixels apart: IoU 0.75 and 0.6
         raw = plant(1, (0, 1, 3, 4, [0.9, 0.9]), (0, 1, 3, 5, [0.8, 0.9]))
         raw[0]["pred"][0, 1, 3, 5, 0] = torch.tensor(shift / 16).logit()
@@ -262,8 +255,15 @@ def test_presets(name: str) -> None:
     assert module.anchors.shape == (len(module.strides), 3, 2) and module.num_classes == 9
     assert module.gains["obj"] == pytest.approx({P5: 0.7, P6: 2.1}[name])
     assert (module.anchor_ratio, module.topk, module.assignment, module.times_batch) == (4.0, 10, "ota", True)
-    post = module.postprocess
-    assert (post.score_threshold, post.topk, post.iou_threshold, post.max_detections) == (0.001, 30_000, 0.65, 300)
+    published = {
+        "score_threshold": 0.001,
+        "topk": 30_000,
+        "iou_threshold": 0.65,
+        "max_detections": 300,
+        "clip": "after",
+    }
+    for post in (module.postprocess, predictor().postprocess):
+        assert {key: getattr(post, key) for key in published} == published
     assert all(isinstance(conv, ImplicitConv) for conv in module.convs)
 
 
