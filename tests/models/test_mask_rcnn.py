@@ -224,6 +224,15 @@ def test_the_loss_is_of_positive_regions_and_their_own_class() -> None:
     assert touched.tolist() == [[True, False, False], [False, False, True], [False] * 3, [False] * 3]
 
 
+def test_detections_of_the_second_stage_hold_shares() -> None:
+    logits = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[10.0, 10, 50, 60], [100, 90, 190, 170]])
+    (found,) = planted([2, 1], logits).detections(MAPS, [boxes], [(256, 256)])
+    assert found.masks is not None and sorted(found.labels.tolist()) == [1, 2]
+    for mask, own, label in zip(found.masks, logits, found.labels, strict=True):
+        assert torch.allclose(mask, own[label].sigmoid())
+
+
 def test_masks_are_of_the_detected_class_in_original_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The left half of the first box for class 1, the lower half of the second for class 0; other classes say all."""
     logits = torch.full((3, 3, 28, 28), 9.0)
