@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,13 @@ def test_a_termination_leaves_a_checkpoint_and_says_so(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_a_checkpoint_and_last_continues(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "dyndet.train", *TINY, "trainer.max_epochs=200"]
     process = subprocess.Popen(
-        line, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        line,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("outputs/*/*/checkpoints/last.ckpt")):
