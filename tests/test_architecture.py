@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "dyndet"
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ("errors", "structures"),
+    ("errors", "routing", "structures"),
     ("ops", "kernels"),
     ("models",),
     ("data",),

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from dyndet import build_detector
 from dyndet.config import compose_experiment
 from dyndet.errors import UserError
+from dyndet.models.detectors.cascade import CascadeDetector
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -23,7 +24,8 @@ def test_experiment_builds(experiment: str) -> None:
     assert config.name == experiment
     with torch.device("meta"):
         detector = build_detector(experiment)
-    assert detector.predictor.num_classes == config.data.num_classes
+    parts = [detector.first, detector.second] if isinstance(detector, CascadeDetector) else [detector]
+    assert all(part.predictor.num_classes == config.data.num_classes for part in parts)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))

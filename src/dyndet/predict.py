@@ -22,7 +22,8 @@ from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.report.draw import draw_detections
 from dyndet.report.gates import preview
-from dyndet.structures import Category, Detections, Routes, Routing
+from dyndet.routing import Routes, Routing
+from dyndet.structures import Category, Detections
 
 
 def predict(config: DictConfig) -> Path:

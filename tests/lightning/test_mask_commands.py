@@ -32,7 +32,8 @@ from dyndet.metrics.export import write_ground_truth
 from dyndet.models.detectors.base import Detector, Images, RawMaps
 from dyndet.models.preprocess import Preprocess
 from dyndet.predict import predict
-from dyndet.structures import Detections, ImageBatch, Losses, Routing, Target
+from dyndet.routing import Routing
+from dyndet.structures import Detections, ImageBatch, Losses, Target
 from dyndet.train import train
 
 TINY = [

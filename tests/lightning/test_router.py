@@ -250,7 +250,7 @@ def test_gates_have_speeds_too() -> None:
 
     def used() -> float:
         _, routing = detector.detect_with_routing(images)
-        assert isinstance(routing, dyndet.structures.Routing)
+        assert isinstance(routing, dyndet.routing.Routing)
         return float(routing.used().sum())
 
     full = used()

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dyndet.metrics.compute import ComputeMeter, ComputeReport
-from dyndet.structures import ConvCost, PathGate, Routing, Work
+from dyndet.routing import ConvCost, PathGate, Routing, Work
 
 
 def gate(open_counts: list[int], positions: int = 4, value: float = 0.5) -> Tensor:

@@ -19,7 +19,8 @@ from dyndet.models.cascade.links import CompositeLinks, JointLink, NormLink, Res
 from dyndet.models.cascade.router import Router
 from dyndet.models.detectors.cascade import CascadeDetector
 from dyndet.models.stages import run_stages
-from dyndet.structures import Detections, ImageBatch, Routes
+from dyndet.routing import Routes
+from dyndet.structures import Detections, ImageBatch
 
 ROUTER = "+router=exact"
 
@@ -222,7 +223,7 @@ def test_links_follow_the_equation() -> None:
 class Halving(nn.Module):
     """Three stages: the entrance averages 2x2, the body adds 1."""
 
-    stage_channels = link_channels = [1, 1, 1]
+    stage_channels = link_channels = (1, 1, 1)
 
     def stages(self) -> list[object]:
         from dyndet.models.stages import Stage

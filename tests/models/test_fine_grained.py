@@ -15,7 +15,7 @@ from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.gates import RestrictedTanh, Softmax
 from dyndet.models.heads.paths import exchange
-from dyndet.structures import PathGate, Routing
+from dyndet.routing import PathGate, Routing
 
 SHAPES = [(12, 16), (6, 8), (3, 4)]
 

@@ -10,7 +10,8 @@ import torch
 from dyndet import build_detector
 from dyndet.models.detectors.dense import DenseDetector
 from dyndet.ops.flops import GIBI, GIGA, count_macs
-from dyndet.structures import PathGate, Routing, Size
+from dyndet.routing import PathGate, Routing
+from dyndet.structures import Size
 
 UNPADDED: Size = (800, 1333)
 PADDED: Size = (800, 1344)

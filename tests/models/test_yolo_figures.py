@@ -185,5 +185,5 @@ def test_width_and_depth_scale_a_network() -> None:
 
 
 def test_a_neck_that_does_not_fit_says_so() -> None:
-    with pytest.raises(ValueError, match="neck.widths"):
+    with pytest.raises(ValueError, match=r"neck\.widths"):
         YoloNeck([64, 128], [8, 16])

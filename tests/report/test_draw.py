@@ -11,7 +11,8 @@ from PIL import Image
 from dyndet.report.draw import contact_sheet, draw_detections
 from dyndet.report.gates import compute_map, draw_gates, gate_map, gate_panels, preview
 from dyndet.report.style import class_color, heat, side_by_side, to_picture
-from dyndet.structures import ConvCost, Detections, PathGate, Routing, Target
+from dyndet.routing import ConvCost, PathGate, Routing
+from dyndet.structures import Detections, Target
 
 GREY = torch.full((3, 400, 400), 128, dtype=torch.uint8)
 NAMES = ["cat", "dog", "bird"]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dyndet.ops.flops import GIGA
-from dyndet.structures import PathGate, Routing
+from dyndet.routing import PathGate, Routing
 
 GateKey = tuple[str, str, int]
 """Node, path and level of a gate."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.models.detectors.base import Detector
 from dyndet.ops.flops import MacCounter
-from dyndet.structures import Routes, Routing
+from dyndet.routing import Routes, Routing
 
 
 class StaticCosts:

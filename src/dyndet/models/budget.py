@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dyndet.structures import Routing
+from dyndet.routing import Routing
 
 
 class Budget(nn.Module):

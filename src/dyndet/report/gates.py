@@ -20,7 +20,8 @@ from dyndet.report.style import (
     side_by_side,
     to_picture,
 )
-from dyndet.structures import Detections, PathGate, Routes, Routing, Size, Target
+from dyndet.routing import PathGate, Routes, Routing
+from dyndet.structures import Detections, Size, Target
 
 
 def compute_map(routing: Routing, index: int, *, strides: Sequence[int], full: bool = False) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dyndet.models.budget import Budget
 from dyndet.models.preprocess import Preprocess
-from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routes, Routing, Target
+from dyndet.routing import Routes, Routing
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Target
 
 RawMaps = list[dict[str, Tensor]]
 """Per level, the predictor's maps by name."""

@@ -20,7 +20,8 @@ from dyndet.models.detectors.base import Detector, Images, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.stages import StagedBackbone, run_stages
 from dyndet.ops.grid import valid_masks
-from dyndet.structures import Detections, ImageBatch, Losses, Routes, Routing, Size, Target
+from dyndet.routing import Routes, Routing
+from dyndet.structures import Detections, ImageBatch, Losses, Size, Target
 
 Route = Literal["first", "second"]
 
@@ -258,6 +259,7 @@ def assemble_cascade(
     cross: int | None = None,
     share_neck_head: bool = False,
     router: Callable[..., Router] | None = None,
+    read_from: int = 0,
 ) -> CascadeDetector:
     """Builds a `CascadeDetector` from two detectors and parts that wait for the widths of their backbones.
 
@@ -269,7 +271,8 @@ def assemble_cascade(
         shared_stages: see `CascadeDetector`.
         cross: see `CascadeDetector`.
         share_neck_head: the second detector uses the neck of the first and everything behind it.
-        router: called with `stage_channels`; None leaves it out.
+        router: called with `stage_channels` and `first`; None leaves it out.
+        read_from: the first stage of the first backbone that the router reads.
 
     Raises:
         UserError: if the backbones cannot be linked so.
@@ -289,7 +292,7 @@ def assemble_cascade(
         first=first,
         second=second,
         links=CompositeLinks(_staged(first).stage_channels, backbone.link_channels, first=first_link, link=link),
-        router=None if router is None else router(stage_channels=_staged(first).stage_channels),
+        router=None if router is None else router(stage_channels=_staged(first).stage_channels, first=read_from),
         shared_stages=shared_stages,
         cross=cross,
     )

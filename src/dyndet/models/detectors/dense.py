@@ -15,7 +15,8 @@ from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.predictors.per_image import image_losses
 from dyndet.models.preprocess import Preprocess
-from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Target
+from dyndet.routing import Routing
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Target
 
 
 class DenseDetector(PyramidDetector):

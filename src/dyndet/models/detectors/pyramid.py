@@ -14,7 +14,8 @@ from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images, Ra
 from dyndet.models.heads.chain import HeadChain
 from dyndet.models.preprocess import Preprocess
 from dyndet.ops.grid import valid_masks
-from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Size, Target
+from dyndet.routing import Routing
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Size, Target
 
 
 class PyramidDetector(Detector):

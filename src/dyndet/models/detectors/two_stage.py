@@ -18,7 +18,8 @@ from dyndet.models.preprocess import Preprocess
 from dyndet.models.two_stage.mask import MaskRCNN, paste_masks
 from dyndet.models.two_stage.roi import RoIPredictor
 from dyndet.models.two_stage.rpn import RPN
-from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Routing, Size, Target
+from dyndet.routing import Routing
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Size, Target
 
 
 class TwoStageDetector(PyramidDetector):

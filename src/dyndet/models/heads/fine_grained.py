@@ -27,7 +27,8 @@ from dyndet.ops.sparse import (
     scale_work,
     whole_plan,
 )
-from dyndet.structures import HeadOutput, PathGate, Routing, Work
+from dyndet.routing import PathGate, Routing, Work
+from dyndet.structures import HeadOutput
 
 NormStats = Literal["active", "position", "dense", "published"]
 Gating = Literal["both", "depth", "scale", "none"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dyndet.models.heads.init import init_normal
 from dyndet.ops.masked_norm import masked_group_norm
 from dyndet.ops.sparse import ConvNorm, Impl, Plan, Stats, conv_work, depth_rows
-from dyndet.structures import ConvCost, Work
+from dyndet.routing import ConvCost, Work
 
 
 class ScalePath(nn.Module):

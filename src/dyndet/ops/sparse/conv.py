@@ -18,7 +18,7 @@ from dyndet.ops.sparse.execute import dense, gather, triton
 from dyndet.ops.sparse.impl import Impl, choose
 from dyndet.ops.sparse.layout import from_sizes
 from dyndet.ops.sparse.plan import Plan
-from dyndet.structures import Work
+from dyndet.routing import Work
 
 
 def conv_rows(

@@ -21,7 +21,7 @@ from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.parameters import ConvNorm
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, whole_plan
-from dyndet.structures import Work
+from dyndet.routing import Work
 
 
 def scale_rows(
