@@ -12,6 +12,7 @@ from dyndet.checkpoint import Checkpoint, read_checkpoint
 from dyndet.config import build, compose_experiment
 from dyndet.errors import UserError
 from dyndet.models.detectors.base import Detector
+from dyndet.models.fuse import fused
 from dyndet.speed import Calibration, set_speed
 
 
@@ -31,22 +32,28 @@ def build_detector(experiment: str | None = None, overrides: Sequence[str] = ())
     return build(config.detector).eval()
 
 
-def load_detector(checkpoint: str | Path, *, impl: str | None = None, speed: str | None = None) -> Detector:
+def load_detector(
+    checkpoint: str | Path, *, impl: str | None = None, speed: str | None = None, fuse: bool = False
+) -> Detector:
     """A trained detector, in eval mode.
 
     Args:
         checkpoint: written by `dyndet.train`.
         impl: execution of the sparse operations ("auto", "dense", "gather", "triton"); None keeps the experiment's.
         speed: for instance "macs:60e9" or "easy", see `dyndet.speed`; None leaves it as trained.
+        fuse: fold norms and parallel branches into convolutions where a part can (YOLO); it computes the same, faster,
+            and cannot train.
 
     Raises:
         UserError: if the file is not a checkpoint of ours, has no sparse operations to run by `impl`, or cannot run at
             this speed.
     """
-    return detector_from(read_checkpoint(checkpoint), impl=impl, speed=speed)
+    return detector_from(read_checkpoint(checkpoint), impl=impl, speed=speed, fuse=fuse)
 
 
-def detector_from(saved: Checkpoint, *, impl: str | None = None, speed: str | None = None) -> Detector:
+def detector_from(
+    saved: Checkpoint, *, impl: str | None = None, speed: str | None = None, fuse: bool = False
+) -> Detector:
     """`load_detector` for a checkpoint that has been read already."""
     config = saved.config.copy()
     if "weights" in config.backbone:
@@ -62,4 +69,4 @@ def detector_from(saved: Checkpoint, *, impl: str | None = None, speed: str | No
         nn.Module.to(detector, memory_format=torch.channels_last)
     if speed is not None:
         set_speed(detector, speed, None if saved.calibration is None else Calibration.of(saved.calibration))
-    return detector.eval()
+    return fused(detector) if fuse else detector.eval()

@@ -10,8 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -28,17 +27,16 @@ from dyndet.config import build, fill
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
-from dyndet.metrics.curve import BothWays, Split
+from dyndet.metrics.curve import BothWays, Split, go_both_ways
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.metrics.timing import time_detections
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.cascade import CascadeDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
-from dyndet.models.fuse import fused
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.speed import Calibration, Point
-from dyndet.structures import Batch, ImageBatch
+from dyndet.structures import ImageBatch
 
 
 def calibrate(config: DictConfig) -> Calibration:
@@ -50,10 +48,11 @@ def calibrate(config: DictConfig) -> Calibration:
     data: DetectionDataModule = build(saved.config.data.module)
     data.setup("validate")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    detector = fused(detector_from(saved, impl=config.impl)).to(automatic if config.device == "auto" else config.device)
+    detector = detector_from(saved, impl=config.impl, fuse=True)
+    detector = detector.to(automatic if config.device == "auto" else config.device)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    single = _single_images(data, config.latency_images)
+    single = data.single_images(config.latency_images)
     if isinstance(detector, CascadeDetector):
         calibration = _cascade(detector, data, single, folder)
     else:
@@ -68,7 +67,10 @@ def _cascade(
 ) -> Calibration:
     if detector.router is None:
         raise UserError("this cascade has no router yet: train one with +router=exact init=CHECKPOINT")
-    ways = go_both_ways(detector, data.val_dataloader())
+    static = StaticCosts(detector)
+    device = next(detector.parameters()).device
+    batches = track(data.val_dataloader(), description="both routes")
+    ways = BothWays.joined([go_both_ways(detector, static, batch.to(device)) for batch in batches])
     splits = ways.curve(data.categories, [step / 10 for step in range(11)])
 
     def end(threshold: float) -> None:
@@ -87,29 +89,6 @@ def _cascade(
     result = {"splits": [asdict(split) for split in splits], "spearman": correlation, **calibration.as_dict()}
     (folder / "calibration.json").write_text(json.dumps(_finite(result), indent=1) + "\n")
     return calibration
-
-
-@torch.no_grad()
-def go_both_ways(detector: CascadeDetector, batches: Sequence[Batch]) -> BothWays:
-    """Runs all images along both routes."""
-    static = StaticCosts(detector)
-    found: dict[str, list] = {"first": [], "second": []}
-    easiness, differences, targets, sizes = [], [], [], []
-    device = next(detector.parameters()).device
-    for batch in track(batches, description="both routes"):
-        batch = batch.to(device)
-        for route, everything in found.items():
-            detections, routes = detector.detect_by(batch.images, route)  # type: ignore[arg-type]
-            macs = meter_batch(ComputeMeter(), static, routes, batch.images.sizes.tolist())
-            everything += [replace(item.to("cpu"), macs=spent) for item, spent in zip(detections, macs, strict=True)]
-        seen, losses = detector.image_losses(batch.images, batch.targets)
-        easiness.append(detector.easiness(detector.pooled(seen)).cpu())
-        differences.append((losses[0] - losses[1]).cpu())
-        targets += [target.to("cpu") for target in batch.targets]
-        sizes.append(batch.images.sizes)
-    return BothWays(
-        torch.cat(easiness), found["first"], found["second"], targets, torch.cat(sizes), torch.cat(differences)
-    )
 
 
 def _gates(
@@ -139,15 +118,6 @@ def _gates(
         table.add_row(f"{point.threshold:.3f}", f"{point.macs / 1e9:.3f}", _number(point.latency_ms))
     Console().print(table)
     return Calibration(points, [], _device(detector), images)
-
-
-def _single_images(data: DetectionDataModule, count: int) -> list[ImageBatch]:
-    """Some validation images as batches of one."""
-    if not count:
-        return []
-    batches = data.val_dataloader()
-    singles = (batch.images[torch.tensor([i])] for batch in batches for i in range(len(batch.images)))
-    return list(islice(singles, count))
 
 
 def _print_splits(splits: Sequence[Split], calibration: Calibration) -> None:

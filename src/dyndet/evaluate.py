@@ -1,6 +1,6 @@
-"""`python -m dyndet.evaluate ckpt=FILE [impl=gather] [timing=8] [data.root=FOLDER ...]`: AP, compute, a COCO json.
+"""`python -m dyndet.evaluate ckpt=FILE [speed=easy] [latency=16] [timing=8] [data.root=FOLDER ...]`: AP, compute.
 
-`timing=8` also times the head on eight batches against its dense execution.
+`latency=16` times sixteen images one by one; `timing=8` times the head on eight batches against its dense execution.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dyndet.errors import UserError
 from dyndet.lightning.callbacks import Collect, Progress
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.export import write_results
-from dyndet.metrics.timing import time_head
+from dyndet.metrics.timing import time_detections, time_head
+from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
@@ -37,7 +38,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     data.setup("validate")
     if data.categories != saved.categories:
         raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
-    module = DetectionModule(detector_from(saved, impl=config.impl, speed=config.speed), categories=data.categories)
+    detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse)
+    module = DetectionModule(detector, categories=data.categories)
     collected = Collect(data.categories)
     config.trainer.precision = config.trainer.precision or saved.config.trainer.precision
     trainer: Trainer = build(config.trainer, callbacks=[Progress(), collected])
@@ -47,6 +49,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         folder = Path(config.output_dir)
         print_summary(report, metrics)
+        if config.latency:
+            metrics |= _latency(detector, data, config.latency)
         if config.timing:
             metrics |= _compare(module, data, config, report.ratio)
         print(f"validation steps took {collected.seconds:.2f} s for {collected.images} images")
@@ -54,6 +58,14 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         print(f"detections: {file}")
         (folder / "result.json").write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
+
+
+def _latency(detector: Detector, data: DetectionDataModule, count: int) -> dict[str, float]:
+    """Prints how long single images take; returns it as a metric."""
+    images = data.single_images(count)
+    milliseconds = time_detections(detector.eval(), images, {"latency": lambda: None})["latency"]
+    print(f"latency: {milliseconds:.2f} ms per image, {len(images)} images one by one")
+    return {"time/latency_ms": milliseconds}
 
 
 def _compare(module: DetectionModule, data: DetectionDataModule, config: DictConfig, macs: float) -> dict[str, float]:

@@ -31,7 +31,7 @@ def predict(config: DictConfig) -> Path:
     saved = read_checkpoint(config.ckpt)
     paths = find_images(config.source)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    detector = detector_from(saved, impl=config.impl, speed=config.speed)
+    detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse)
     detector = detector.to(automatic if config.device == "auto" else config.device)
     transform = Compose([build(item) for item in saved.config.data.module.val_transform])
     collate = Collate(detector.preprocess.divisor)

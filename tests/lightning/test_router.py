@@ -212,6 +212,23 @@ def test_calibration_travels_with_the_checkpoint(calibrated: tuple[Path, Calibra
     assert -1 <= report["spearman"] <= 1
 
 
+def test_step_2_validates_as_calibrate_does(routed: Path, calibrated: tuple[Path, Calibration]) -> None:
+    metrics = json.loads((routed / "result.json").read_text())
+    report = json.loads((calibrated[0].parent / "calibration.json").read_text())
+    assert metrics["val/spearman"] == pytest.approx(report["spearman"], abs=1e-6)
+    for split in report["splits"][1:-1]:
+        assert metrics[f"val/hard_{split['fraction']:.0%}/AP".replace("%", "")] == pytest.approx(split["ap"], abs=1e-6)
+
+
+def test_evaluate_times_single_images(calibrated: tuple[Path, Calibration], tmp_path: Path) -> None:
+    """Each end takes as long as calibrated, up to the machine's moods."""
+    times = []
+    for speed in ("easy", "hard"):
+        keys = [f"ckpt={calibrated[0]}", f"output_dir={tmp_path}", "trainer.accelerator=cpu", f"speed={speed}"]
+        times.append(evaluate(compose_command("evaluate", [*keys, "latency=4"]))["time/latency_ms"])
+    assert 0 < times[0] < times[1]
+
+
 def test_predict_says_which_way_an_image_went(calibrated: tuple[Path, Calibration], tmp_path: Path) -> None:
     from PIL import Image
 

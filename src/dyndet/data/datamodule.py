@@ -17,7 +17,7 @@ from dyndet.data.dataset import DetectionDataset
 from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, Mix, keyed_generator
 from dyndet.data.transforms import Compose, Transform
 from dyndet.errors import DataError, UserError
-from dyndet.structures import Batch, Category, Sample
+from dyndet.structures import Batch, Category, ImageBatch, Sample
 
 Source = DetectionDataset | Callable[[], DetectionDataset]
 Transforms = Transform | Sequence[Transform] | None
@@ -143,6 +143,12 @@ class DetectionDataModule(LightningDataModule):
         sampler = KeyedSampler(len(self.val), shuffle=False, even=False, rank=rank, world_size=world_size)
         dataset = KeyedDataset(self.val, self.val_transform, self.seed)
         return self._loader(dataset, sampler=sampler, batch_size=self.val_batch_size)
+
+    def single_images(self, count: int) -> list[ImageBatch]:
+        """Validation images as batches of one, so many of them, spread evenly over the set."""
+        dataset = KeyedDataset(self.val, self.val_transform, self.seed)
+        count = min(count, len(dataset))
+        return [self.collate([dataset[i * len(dataset) // count]]).images for i in range(count)]
 
     def test_dataloader(self) -> DataLoader[Sample]:
         return self.val_dataloader()

@@ -14,8 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
+from dyndet.metrics.curve import BothWays, go_both_ways
 from dyndet.models.cascade.offset import Offset, router_loss
 from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.ops.distributed import gathered
 from dyndet.structures import Batch, Category
 
 
@@ -35,6 +37,8 @@ class RouterModule(DetectionModule):
     """Trains the router of a cascade, on batches of images or on lessons that were kept from an earlier pass.
 
     Logs the loss, d = L1 - L2, the offset, the mean easiness, and how many images are hard at an easiness of 1/2.
+    Validation also logs `val/spearman`, the rank correlation of difficulty and d, and `val/hard_10/AP` to
+    `val/hard_90/AP`: AP when that share of the images, in percent, takes the hard route.
 
     Args:
         detector: a cascade with a router; everything else in it is frozen.
@@ -61,6 +65,7 @@ class RouterModule(DetectionModule):
             raise UserError("only a cascade has a router to train: choose a dy_ experiment")
         super().__init__(detector, categories=categories, optimizer=optimizer, schedule=schedule, config=config)
         self.offset = offset
+        self._ways: list[BothWays] = []
         detector.requires_grad_(False)
         detector.router.requires_grad_(True)
 
@@ -85,6 +90,23 @@ class RouterModule(DetectionModule):
         }
         self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(easiness))
         return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        self._ways.append(go_both_ways(self.detector, self.static, batch))
+        return super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._ways = []
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        ways = BothWays.joined(gathered(self._ways))
+        self._ways = []
+        shares = range(10, 100, 10)
+        splits = ways.curve(self.categories, [share / 100 for share in shares])
+        self.log("val/spearman", ways.rank_correlation())
+        self.log_dict({f"val/hard_{share}/AP": split.ap for share, split in zip(shares, splits, strict=True)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

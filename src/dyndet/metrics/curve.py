@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyndet.metrics.coco import CocoMetric
-from dyndet.structures import Category, Detections, Target
+from dyndet.metrics.compute import ComputeMeter
+from dyndet.metrics.static import StaticCosts, meter_batch
+from dyndet.models.detectors.cascade import CascadeDetector, Route
+from dyndet.structures import Batch, Category, Detections, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,18 @@ class BothWays:
     sizes: Tensor
     differences: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[BothWays]) -> BothWays:
+        """Of several batches."""
+
+        def listed(name: str) -> list[Any]:
+            return [item for part in parts for item in getattr(part, name)]
+
+        easiness, sizes, differences = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("easiness", "sizes", "differences")
+        )
+        return cls(easiness, listed("first"), listed("second"), listed("targets"), sizes, differences)
+
     def curve(self, categories: Sequence[Category], fractions: Sequence[float]) -> list[Split]:
         """AP and cost when so large a share of the images is hard, the least easy ones first."""
         return [self._split(categories, fraction) for fraction in fractions]
@@ -65,10 +81,33 @@ class BothWays:
         hard = (self.easiness < threshold).tolist()
         chosen = [b if way else a for a, b, way in zip(self.first, self.second, hard, strict=True)]
         metric = CocoMetric(categories, per_class=False)
+        metric.sync_on_compute = False  # all images are here
         metric.update(chosen, self.targets, self.sizes)
         scores = metric.compute()
         macs = math.fsum(item.macs or 0.0 for item in chosen) / len(chosen)
         return Split(sum(hard) / len(hard), threshold, macs, scores["AP"], scores["AP50"])
+
+
+@torch.no_grad()
+def go_both_ways(detector: CascadeDetector, static: StaticCosts, batch: Batch) -> BothWays:
+    """Runs a batch along both routes.
+
+    Args:
+        detector: in eval mode, with a router.
+        static: of this detector.
+        batch: on its device.
+    """
+
+    def along(route: Route) -> list[Detections]:
+        detections, routes = detector.detect_by(batch.images, route)
+        macs = meter_batch(ComputeMeter(), static, routes, batch.images.sizes.tolist())
+        return [replace(item.to("cpu"), macs=spent) for item, spent in zip(detections, macs, strict=True)]
+
+    seen, losses = detector.image_losses(batch.images, batch.targets)
+    easiness = detector.easiness(detector.pooled(seen)).cpu()
+    targets = [target.to("cpu") for target in batch.targets]
+    differences = (losses[0] - losses[1]).cpu()
+    return BothWays(easiness, along("first"), along("second"), targets, batch.images.sizes, differences)
 
 
 def quantile(easiness: Tensor, fraction: float) -> float:

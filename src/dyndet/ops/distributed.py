@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def reduce_mean(value: Tensor) -> Tensor:
@@ -20,6 +24,15 @@ def broadcast_buffers(module: nn.Module) -> None:
     if _several():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+def gathered(items: list[T]) -> list[T]:
+    """The items of all processes, those of the first in front."""
+    if not _several():
+        return items
+    everyone: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, items)
+    return [item for some in everyone for item in some]
 
 
 def _several() -> bool:
