@@ -178,6 +178,27 @@ def test_report_table(sweep: Path) -> None:
     assert rows[4] == ["3", "5", "1", "", "", "", "no validation yet (4)"]
 
 
+def test_mask_ap_has_a_column_where_a_run_has_masks(sweep: Path) -> None:
+    assert "mask" not in report_table(collect_runs(sweep))
+    make(sweep / "4", ["budget.weight=2"], numbers(0.5, 0.2) | {"val/segm/AP": 0.25, "val/segm/AP50": 0.75})
+    make(sweep / "5", ["budget.weight=2", "seed=1"], numbers(0.5, 0.2) | {"val/segm/AP": 0.75})
+    head, _, first, second, _ = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in report_table(collect_runs(sweep)).split("\n")
+    )
+    assert [name for name in head if "mask" in name] == ["mask AP"]
+    assert first[head.index("mask AP")] == "0.500 ± 0.354" and second[head.index("mask AP")] == ""
+
+
+def test_numbers_that_no_run_defines_have_no_column(tmp_path: Path) -> None:
+    make(tmp_path / "0", ["a=1"], {"val/AP": 0.5, "val/segm/AP": math.nan, "macs/head_ratio": math.nan})
+    log(make(tmp_path / "1", ["a=2"]), "epoch,step,val/AP,val/AP50,macs/head_ratio\n0,9,0.25,nan,nan\n")
+    runs = collect_runs(tmp_path)
+    assert [run.metrics for run in runs] == [
+        {"val/AP": 0.5}, {"epoch": 0, "step": 9, "val/AP": 0.25},
+    ]  # fmt: skip
+    assert report_table(runs).split("\n")[0].replace("|", " ").split() == ["#", "a", "AP"]
+
+
 def test_single_run_is_named_by_its_folder(tmp_path: Path) -> None:
     runs = collect_runs(make(tmp_path / "only", ["a=1"], numbers(0.5, 0.2)).parent)
     assert "only" in report_table(runs)
@@ -200,6 +221,7 @@ def test_labels_carry_units() -> None:
     assert metric_label("macs/head_used_mean") == "head GMAC"
     assert metric_label("macs/total_max") == "total GMAC (max)"
     assert metric_label("val/AP50") == "AP50"
+    assert metric_label("val/segm/AP75") == "mask AP75"
 
 
 @given(st.lists(st.tuples(st.integers(0, 9).map(float), st.integers(0, 9).map(float)), max_size=12))

@@ -23,7 +23,7 @@ class Run:
     Attributes:
         folder: of the run.
         settings: its overrides, key to value as written on the command line (without + and ~).
-        metrics: the numbers of its last validation.
+        metrics: the numbers of its last validation, without those that are not defined (nan).
         problem: why the numbers are missing or not final; "" for a finished run.
     """
 
@@ -104,7 +104,7 @@ def _read_run(home: Path, root: Path, homes: set[Path]) -> Run:
     except Exception as error:  # whatever a half-written file brings
         return Run(home, problem=f"overrides.yaml cannot be read ({_brief(error)})")
     try:
-        metrics = _metrics(home, homes)
+        metrics = {key: value for key, value in _metrics(home, homes).items() if math.isfinite(value)}
     except Exception as error:
         return Run(home, settings, problem=f"numbers cannot be read ({_brief(error)})")
     if not metrics:

@@ -52,7 +52,7 @@ def report_table(
     *,
     x: str = "macs/head_ratio",
     y: str = "val/AP",
-    more: Sequence[str] = ("val/AP50", "macs/head_used_mean", "macs/total_mean"),
+    more: Sequence[str] = ("val/AP50", "val/segm/AP", "macs/head_used_mean", "macs/total_mean"),
     ignore: Sequence[str] = ("seed",),
 ) -> str:
     """One numbered row per setting, best first: mean ± standard deviation over its seeds; then runs with a problem.
@@ -85,7 +85,7 @@ def metric_label(key: str) -> str:
     if _in_gmac(key):
         part, _, kind = key.removeprefix("macs/").replace("_used", "").rpartition("_")
         return f"{part.replace('_', ' ')} GMAC" + ("" if kind == "mean" else f" ({kind})")
-    return key.removeprefix("val/")
+    return key.removeprefix("val/").replace("segm/", "mask ")
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
