@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dyndet import build_detector
@@ -26,9 +28,9 @@ def test_every_size_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[tuple[int, int]] = []
     count = MacCounter.count
 
-    def spy(self: MacCounter, size: tuple[int, int], *, head: bool = True) -> dict[str, int]:
+    def spy(self: MacCounter, size: tuple[int, int], **kwargs: Any) -> dict[str, int]:
         counted.append(size)
-        return count(self, size, head=head)
+        return count(self, size, **kwargs)
 
     monkeypatch.setattr(MacCounter, "count", spy)
     costs = StaticCosts(build_detector("shapes_dyn"))

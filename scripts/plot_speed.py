@@ -1,0 +1,58 @@
+"""Several routers in one picture and one table: `python scripts/plot_speed.py OUT.png NAME=calibration.json,... ...`.
+
+Every NAME takes the files of its seeds, written by `python -m dyndet.calibrate`. The table goes to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dyndet.metrics.curve import Split
+from dyndet.report.curve import speed_plot
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draws, and prints for every share of hard images the mean AP of each router, and at last the rank correlations."""
+    if len(arguments) < 2 or any("=" not in item for item in arguments[1:]):
+        raise SystemExit(__doc__)
+    curves: dict[str, list[list[Split]]] = {}
+    correlations: dict[str, list[float]] = {}
+    for item in arguments[1:]:
+        name, _, files = item.partition("=")
+        reports = [json.loads(Path(file).read_text()) for file in files.split(",")]
+        curves[name] = [
+            [Split(**{**row, "threshold": float(row["threshold"])}) for row in r["splits"]] for r in reports
+        ]
+        correlations[name] = [report["spearman"] for report in reports]
+    print("| hard | GMAC | straight line | " + " | ".join(curves) + " |")
+    print("| --: " * (3 + len(curves)) + "|")
+    some = next(iter(curves.values()))
+    for index, split in enumerate(some[0]):
+        ways = {name: [seed[index].ap for seed in seeds] for name, seeds in curves.items()}
+        line = statistics.fmean(_straight(seed, index) for seed in some)
+        macs = statistics.fmean(seed[index].macs for seed in some) / 1e9
+        cells = [f"{split.fraction:.0%}", f"{macs:.3f}", f"{line:.4f}", *map(_spread, ways.values())]
+        print("| " + " | ".join(cells) + " |")
+    print("| Spearman | | | " + " | ".join(_spread(values, 2) for values in correlations.values()) + " |")
+    print(f"picture: {speed_plot(curves, arguments[0])}")
+
+
+def _straight(splits: Sequence[Split], index: int) -> float:
+    """AP on the line between the ends, at the cost of this split."""
+    easy, hard = splits[0], splits[-1]
+    return easy.ap + (hard.ap - easy.ap) * (splits[index].macs - easy.macs) / (hard.macs - easy.macs)
+
+
+def _spread(values: Sequence[float], digits: int = 4) -> str:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return f"{statistics.fmean(values):.{digits}f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
