@@ -8,9 +8,10 @@ import pytest
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from dyndet import build_detector
-from dyndet.config import compose_experiment
+from dyndet.config import build, compose_experiment
 from dyndet.errors import UserError
 from dyndet.models.detectors.cascade import CascadeDetector
 
@@ -26,6 +27,19 @@ def test_experiment_builds(experiment: str) -> None:
         detector = build_detector(experiment)
     parts = [detector.first, detector.second] if isinstance(detector, CascadeDetector) else [detector]
     assert all(part.predictor.num_classes == config.data.num_classes for part in parts)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_optimises(experiment: str) -> None:
+    """Groups merge: keys of one optimizer must not reach another."""
+    optim = compose_experiment(experiment).optim
+    part = nn.ModuleDict({"backbone": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
+    optimizer = build(optim.optimizer)(part)
+    adaptive = isinstance(optimizer, torch.optim.AdamW)
+    assert 1e-5 <= optimizer.param_groups[0]["lr"] <= (2e-3 if adaptive else 0.02)
+    schedule = build(optim.schedule)(optimizer, total_steps=1000)
+    optimizer.step()
+    schedule.step()
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))

@@ -39,13 +39,18 @@ def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: on an unknown key or option.
     """
+    try:
+        return _compose(command, arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, arguments, command)) from error
+
+
+def _compose(command: str, arguments: Sequence[str]) -> DictConfig:
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return compose(command, overrides=list(arguments))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, arguments, command)) from error
     finally:
         GlobalHydra.instance().clear()
         if running is not None:
@@ -133,9 +138,9 @@ def _keys(command: str, arguments: Sequence[str], wrong: str) -> list[str]:
     """All keys of the configuration without the wrong override."""
     usable = [item for item in arguments if "=" in item and item.split("=")[0].lstrip("+~") != wrong]
     try:
-        config = compose_command(command, usable)
-    except UserError:
-        config = compose_command(command)
+        config = _compose(command, usable)
+    except (HydraException, OmegaConfBaseException):
+        config = _compose(command, [])
     return _flat(OmegaConf.to_container(config, resolve=False), "")
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -56,7 +57,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         print(f"validation steps took {collected.seconds:.2f} s for {collected.images} images")
         file = write_results(folder / "detections.json", collected.results)
         print(f"detections: {file}")
-        (folder / "result.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}  # json has no nan
+        (folder / "result.json").write_text(json.dumps(finite, indent=1) + "\n")
     return metrics
 
 
