@@ -11,13 +11,14 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dyndet.metrics.curve import Split
 from dyndet.report.curve import speed_plot
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draws, and prints for every share of hard images the mean AP of each router, and at last the rank correlations."""
+    """Draws, and prints AP of each router for every share of hard images, then the rank correlations."""
     if len(arguments) < 2 or any("=" not in item for item in arguments[1:]):
         raise SystemExit(__doc__)
     curves: dict[str, list[list[Split]]] = {}
@@ -25,9 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     for item in arguments[1:]:
         name, _, files = item.partition("=")
         reports = [json.loads(Path(file).read_text()) for file in files.split(",")]
-        curves[name] = [
-            [Split(**{**row, "threshold": float(row["threshold"])}) for row in r["splits"]] for r in reports
-        ]
+        curves[name] = [[_split(row) for row in report["splits"]] for report in reports]
         correlations[name] = [report["spearman"] for report in reports]
     print("| hard | GMAC | straight line | " + " | ".join(curves) + " |")
     print("| --: " * (3 + len(curves)) + "|")
@@ -40,6 +39,11 @@ def main(arguments: Sequence[str]) -> None:
         print("| " + " | ".join(cells) + " |")
     print("| Spearman | | | " + " | ".join(_spread(values, 2) for values in correlations.values()) + " |")
     print(f"picture: {speed_plot(curves, arguments[0])}")
+
+
+def _split(row: dict[str, Any]) -> Split:
+    """Json has no infinities: they are words there."""
+    return Split(**{**row, "threshold": float(row["threshold"])})
 
 
 def _straight(splits: Sequence[Split], index: int) -> float:

@@ -42,6 +42,29 @@ def test_experiment_optimises(experiment: str) -> None:
     schedule.step()
 
 
+CASCADES = [name for name in EXPERIMENTS if "dy_" in name]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "router"),
+    [(name, router) for name in CASCADES for router in ("exact", "online")]
+    + [(name, "yolo") for name in CASCADES if name.startswith("dy_yolo")],
+)
+def test_step_2_optimises(experiment: str, router: str) -> None:
+    config = compose_experiment(experiment, [f"+router={router}", "init=x"])
+    part = nn.Linear(2, 2)
+    optimizer = build(config.optim.optimizer)(part)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["lr"] == (1e-5 if router == "online" else 1e-4)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.005, 0.0]
+    assert (config.optim.schedule is None) == (router != "online")
+
+
+def test_a_mistake_within_a_file_is_explained() -> None:
+    with pytest.raises(UserError, match="data/augment"):
+        compose_experiment("shapes_dy_yolo", ["+router=yolo", "init=x"])
+
+
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
 def test_every_target_exists(path: Path) -> None:
     def walk(node: object) -> None:

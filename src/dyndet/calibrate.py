@@ -1,7 +1,7 @@
 """`python -m dyndet.calibrate ckpt=FILE [images=200] [latency_images=16]`: one model, any speed.
 
 Measures what a trained detector costs at its speeds and keeps it in the checkpoint; from then on every command takes
-`speed=...`, see `dyndet.speed`. Of a cascade it also prints AP at every split between its two routes.
+`speed=...`, see `dyndet.speed`. Of a cascade it also prints and draws AP at every split between its two routes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from dyndet.models.detectors.cascade import CascadeDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
-from dyndet.speed import Calibration, Point
+from dyndet.report.curve import speed_plot
+from dyndet.speed import Calibration, Point, easiness_of
 from dyndet.structures import ImageBatch
 
 
@@ -87,6 +88,7 @@ def _cascade(
     correlation = ways.rank_correlation()
     print(f"difficulty against L1 - L2: Spearman's rank correlation {correlation:.3f}")
     result = {"splits": [asdict(split) for split in splits], "spearman": correlation, **calibration.as_dict()}
+    print(f"picture: {speed_plot({'this router': [splits]}, folder / 'curve.png')}")
     (folder / "calibration.json").write_text(json.dumps(_finite(result), indent=1) + "\n")
     return calibration
 
@@ -128,7 +130,7 @@ def _print_splits(splits: Sequence[Split], calibration: Calibration) -> None:
         if easy.latency_ms is not None and hard.latency_ms is not None:
             latency = easy.latency_ms + split.fraction * (hard.latency_ms - easy.latency_ms)
         table.add_row(
-            f"{split.fraction:.1%}", f"{1 / (1 + math.exp(-split.threshold)) if split.threshold > -700 else 0.0:.4f}",
+            f"{split.fraction:.1%}", f"{easiness_of(split.threshold):.4f}",
             f"{split.macs / 1e9:.3f}", _number(latency), f"{split.ap:.3f}", f"{split.ap50:.3f}",
         )  # fmt: skip
     Console().print(table)

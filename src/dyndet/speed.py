@@ -83,7 +83,7 @@ def set_speed(detector: Detector, speed: str, calibration: Calibration | None) -
                 f"speed={speed}: this cascade has no router yet; train one with +router=exact init=CHECKPOINT"
             )
         detector.threshold = _cascade_threshold(kind, value, speed, calibration)
-        return f"speed {speed}: hard below an easiness of {_sigmoid(detector.threshold):.4f}"
+        return f"speed {speed}: hard below an easiness of {easiness_of(detector.threshold):.4f}"
     head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
     if not isinstance(head, FineGrainedHead):
         raise UserError(f"speed={speed}: this detector has one speed only, as it has neither a router nor gates")
@@ -154,5 +154,6 @@ def _between(kind: str, value: float, speed: str, points: Sequence[Point]) -> tu
     )
 
 
-def _sigmoid(logit: float) -> float:
-    return 0.0 if logit == -math.inf else 1 / (1 + math.exp(-logit))
+def easiness_of(logit: float) -> float:
+    """Of a router's logit, infinite ones included."""
+    return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0

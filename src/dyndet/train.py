@@ -14,6 +14,7 @@ from torch import nn
 from dyndet.checkpoint import resume_path
 from dyndet.command import run
 from dyndet.config import build
+from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
 from dyndet.lightning.joint import JointModule
@@ -44,6 +45,8 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.channels_last:
         nn.Module.to(module, memory_format=torch.channels_last)
     if config.compile:
+        if isinstance(module.detector, CascadeDetector):
+            raise UserError("compile=true: a cascade runs its backbones stage by stage; leave it false")
         for name in ("backbone", "neck"):  # static graphs; the head routes
             module.detector.get_submodule(name).compile()
     loggers, callbacks = (

@@ -22,7 +22,7 @@ class JointModule(DetectionModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.first_ap = CocoMetric(self.categories, per_class=False)
+        self.first_ap = CocoMetric(self.categories, iou_type=self.ap.iou_type, per_class=False)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         found, _ = cast(CascadeDetector, self.detector).detect_by(batch.images, "first")

@@ -43,6 +43,7 @@ def collect(
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     if missing:
         detector.to(device).eval()
+        detector.preprocess.train()  # the canvas is that of training
         dataset = KeyedDataset(data.train, data.train_transform, data.seed, data.train_mix)
         wanted = [batch for number in missing for batch in chunks[number]]
         loader = DataLoader(

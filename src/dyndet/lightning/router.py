@@ -73,6 +73,7 @@ class RouterModule(DetectionModule):
         """The detectors stay in eval mode: their norms and samplers are fixed as well."""
         super().train(mode)
         self.detector.eval()
+        self.detector.preprocess.train(mode)  # the canvas is that of training
         return self
 
     def training_step(self, batch: Batch | Lesson, batch_idx: int) -> STEP_OUTPUT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from timm.models.swin_transformer import SwinTransformerStage
 from torch import Tensor, nn
@@ -82,7 +82,8 @@ def timm_stages(body: Any) -> list[list[tuple[str, nn.Module]]]:
             f"backbone {type(body).__name__} cannot be run stage by stage, as a cascade needs it: choose one such as "
             "resnet50, swin_tiny_patch4_window7_224 or efficientnet_b1"
         )
-    ends = {name for info in body.feature_info.info for name in (info["module"], info["module"].replace(".", "_"))}
+    infos = cast(Any, body.feature_info).info  # of timm
+    ends = {name for info in infos for name in (info["module"], info["module"].replace(".", "_"))}
     stages: list[list[tuple[str, nn.Module]]] = [[]]
     for index, (name, layer) in enumerate(items):
         if index == 1 and isinstance(layer, SwinTransformerStage):

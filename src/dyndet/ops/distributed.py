@@ -26,6 +26,11 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _several() else 1
+
+
 def gathered(items: list[T]) -> list[T]:
     """The items of all processes, those of the first in front."""
     if not _several():

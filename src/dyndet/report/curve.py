@@ -10,8 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dyndet.metrics.curve import Split
+from dyndet.report.tables import BLUE, GREY, INK, ORANGE
 
-COLORS = ("#1f6feb", "#d97706", "#6b7280", "#0f766e")
+COLORS = (BLUE, ORANGE, GREY, "#0f766e")
 
 
 def speed_plot(curves: Mapping[str, Sequence[Sequence[Split]]], path: str | Path) -> Path:
@@ -31,9 +32,7 @@ def speed_plot(curves: Mapping[str, Sequence[Sequence[Split]]], path: str | Path
         points = mean_curve(seeds)
         ends = [points[0], points[-1]]
         axes.plot(*zip(*points, strict=True), color=COLORS[index % len(COLORS)], marker="o", ms=4, lw=1.6, label=name)
-    axes.plot(
-        *zip(*ends, strict=True), color="#22222c", lw=1, ls="--", zorder=1, label="straight line between the ends"
-    )
+    axes.plot(*zip(*ends, strict=True), color=INK, lw=1, ls="--", zorder=1, label="straight line between the ends")
     axes.set_xlabel("GMAC per image")
     axes.set_ylabel("AP")
     axes.grid(alpha=0.25)

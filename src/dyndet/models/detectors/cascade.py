@@ -260,6 +260,7 @@ def assemble_cascade(
     share_neck_head: bool = False,
     router: Callable[..., Router] | None = None,
     read_from: int = 0,
+    masked: bool | None = None,
 ) -> CascadeDetector:
     """Builds a `CascadeDetector` from two detectors and parts that wait for the widths of their backbones.
 
@@ -271,8 +272,9 @@ def assemble_cascade(
         shared_stages: see `CascadeDetector`.
         cross: see `CascadeDetector`.
         share_neck_head: the second detector uses the neck of the first and everything behind it.
-        router: called with `stage_channels` and `first`; None leaves it out.
+        router: called with `stage_channels`, `first` and `masked`; None leaves it out.
         read_from: the first stage of the first backbone that the router reads.
+        masked: see `Router`; None masks where it can, which is where images lie at the top left.
 
     Raises:
         UserError: if the backbones cannot be linked so.
@@ -292,7 +294,13 @@ def assemble_cascade(
         first=first,
         second=second,
         links=CompositeLinks(_staged(first).stage_channels, backbone.link_channels, first=first_link, link=link),
-        router=None if router is None else router(stage_channels=_staged(first).stage_channels, first=read_from),
+        router=None
+        if router is None
+        else router(
+            stage_channels=_staged(first).stage_channels,
+            first=read_from,
+            masked=not first.preprocess.centred if masked is None else masked,
+        ),
         shared_stages=shared_stages,
         cross=cross,
     )

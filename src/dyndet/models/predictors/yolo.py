@@ -20,6 +20,7 @@ from dyndet.models.predictors.maps import check_labels
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.models.predictors.yolo_assign import Matches, Objects, candidates, cheapest
 from dyndet.models.predictors.yolo_loss import decode_place, level_losses
+from dyndet.ops.distributed import world_size
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Target
 
 _BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
@@ -142,7 +143,7 @@ class YoloPredictor(nn.Module):
         ]
         box, obj, cls = (torch.stack(terms) for terms in zip(*each, strict=True))
         sums = {"box": box.sum(), "obj": (obj * obj.new_tensor(self.balance)).sum(), "cls": cls.sum()}
-        times = len(targets) if self.times_batch else 1
+        times = len(targets) * world_size() if self.times_batch else 1  # several processes average their gradients
         return {name: value * self.gains[name] * times for name, value in sums.items()}
 
     @torch.no_grad()

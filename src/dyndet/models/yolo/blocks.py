@@ -153,7 +153,7 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
 
 
-def scaled(channels: int, width: float) -> int:
+def scaled(channels: float, width: float) -> int:
     """`channels` times `width`, a multiple of 4."""
     return max(4, round(channels * width / 4) * 4)
 
