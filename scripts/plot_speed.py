@@ -1,6 +1,7 @@
 """Several routers in one picture and one table: `python scripts/plot_speed.py OUT.png NAME=calibration.json,... ...`.
 
-Every NAME takes the files of its seeds, written by `python -m dyndet.calibrate`. The table goes to standard output.
+Every NAME takes the files of its seeds, written by `python -m dyndet.calibrate`. The table goes to standard output: by
+how much AP lies above the straight line between the two ends, which is what sending images at random would give.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dyndet.report.curve import speed_plot
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draws, and prints AP of each router for every share of hard images, then the rank correlations."""
+    """Draws, and prints what each router gains at every share of hard images, then its rank correlations."""
     if len(arguments) < 2 or any("=" not in item for item in arguments[1:]):
         raise SystemExit(__doc__)
     curves: dict[str, list[list[Split]]] = {}
@@ -32,10 +33,10 @@ def main(arguments: Sequence[str]) -> None:
     print("| --: " * (3 + len(curves)) + "|")
     some = next(iter(curves.values()))
     for index, split in enumerate(some[0]):
-        ways = {name: [seed[index].ap for seed in seeds] for name, seeds in curves.items()}
+        gains = [[seed[index].ap - _straight(seed, index) for seed in seeds] for seeds in curves.values()]
         line = statistics.fmean(_straight(seed, index) for seed in some)
         macs = statistics.fmean(seed[index].macs for seed in some) / 1e9
-        cells = [f"{split.fraction:.0%}", f"{macs:.3f}", f"{line:.4f}", *map(_spread, ways.values())]
+        cells = [f"{split.fraction:.0%}", f"{macs:.3f}", f"{line:.4f}", *map(_spread, gains)]
         print("| " + " | ".join(cells) + " |")
     print("| Spearman | | | " + " | ".join(_spread(values, 2) for values in correlations.values()) + " |")
     print(f"picture: {speed_plot(curves, arguments[0])}")
@@ -54,8 +55,8 @@ def _straight(splits: Sequence[Split], index: int) -> float:
 
 def _spread(values: Sequence[float], digits: int = 4) -> str:
     if len(values) < 2 or not all(map(math.isfinite, values)):
-        return f"{statistics.fmean(values):.{digits}f}"
-    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+        return f"{statistics.fmean(values):+.{digits}f}"
+    return f"{statistics.fmean(values):+.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 if __name__ == "__main__":
