@@ -128,6 +128,14 @@ def test_gains_balance_and_batch_multiply() -> None:
     assert bare["obj"] == pytest.approx(4 * levels[0] + levels[1] + 0.4 * levels[2], rel=1e-5)
 
 
+def test_losses_grow_with_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of several processes are averaged: the batch that losses are multiplied by is the whole one."""
+    module, raw = predictor(), random_preds(3, 2)
+    alone = values(module.losses(raw, BUSY))
+    monkeypatch.setattr("dyndet.models.predictors.yolo.world_size", lambda: 8)
+    assert values(module.losses(raw, BUSY)) == {name: pytest.approx(8 * value) for name, value in alone.items()}
+
+
 def test_without_objects_only_objectness_trains() -> None:
     raw = [{"pred": torch.zeros_like(level["pred"]).requires_grad_()} for level in random_preds(2, 2)]
     losses = predictor().losses(raw, [target_of([])] * 2)
