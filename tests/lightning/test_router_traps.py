@@ -25,10 +25,7 @@ from dyndet.evaluate import evaluate
 from dyndet.lightning.lessons import LessonDataModule, Lessons
 from dyndet.lightning.router import Lesson
 from dyndet.models.detectors.cascade import CascadeDetector
-from dyndet.models.fuse import fused
-from dyndet.ops.flops import MacCounter
 from dyndet.predict import predict
-from dyndet.speed import Calibration
 from dyndet.train import train
 
 SMALL = ["data.size=64", "data.train_images=20", "data.val_images=4", "data.batch_size=4", "trainer.accelerator=cpu"]
@@ -159,42 +156,38 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_calibrated_scores_are_those_of_single_images(photos: Path, tmp_path: Path) -> None:
-    """Padding is pooled, so thresholds hold where images are padded as in calibration: alone, or in such batches."""
+    """Padding is pooled, so thresholds hold where images are padded as in calibration."""
     layout = [f"data.{split}_annotations={tmp_path}/all.json" for split in ("train", "val")]
     layout += [f"data.{split}_images={photos}" for split in ("train", "val")]
     keys = ["data=coco", *layout, "data.num_classes=1", "data.val_short_edge=64", "data.max_size=128"]
-    config = compose_experiment("shapes_dy_tiny", [*keys, "data.num_workers=0", "+router=exact", "init=x"])
+    keys += ["preprocess.centred=true", "data.num_workers=0", "+router=exact", "init=x"]
+    config = compose_experiment("shapes_dy_tiny", keys)
     detector = cascade(config)
     assert detector.router is not None
     detector.router.out.weight.data.mul_(50)
     ckpt = saved(tmp_path / "routed.ckpt", config, detector)
 
-    def calibrated(batch_size: int) -> tuple[Path, Tensor]:
-        file = tmp_path / f"calibrated{batch_size}.ckpt"
-        options = [f"out={file}", f"output_dir={tmp_path}", "latency_images=0", "device=cpu"]
-        easiness = calibrate(
-            compose_command("calibrate", [f"ckpt={ckpt}", *options, f"data.batch_size={batch_size}"])
-        ).easiness
-        return file, torch.tensor(easiness).sigmoid()
+    def calibrated(name: str, *keys: str) -> tuple[Path, Tensor]:
+        options = [f"ckpt={ckpt}", f"out={tmp_path / name}", f"output_dir={tmp_path}", "latency_images=0", "device=cpu"]
+        calibration = calibrate(compose_command("calibrate", [*options, *keys]))
+        return tmp_path / name, torch.tensor(calibration.easiness).sigmoid()
 
-    file, alone = calibrated(1)
+    file, alone = calibrated("alone.ckpt")
     found = difficulties(file, photos, tmp_path / "out", "speed=hard_fraction:0.5")
     easiness = torch.tensor(sorted(1 - difficulty for _, difficulty in found.values()))
     torch.testing.assert_close(alone, easiness, rtol=0, atol=1e-5)
     assert [route for route, _ in found.values()].count("hard") == 2
-    assert float((calibrated(4)[1] - easiness).abs().max()) > 1e-3  # padded to a common size
+    together = calibrated("together.ckpt", "data.batch_size=4")[1]  # on one canvas
+    assert float((together - easiness).abs().max()) > 1e-3
 
 
 def test_the_folded_network_is_what_is_counted(tmp_path: Path) -> None:
     """YOLOv7 costs less with its branches folded; all commands tell the cost of the network that they run."""
     config = composed("shapes_dy_yolo", "+router=exact", "init=x")
-    detector = cascade(config)
-    whole, folded = (MacCounter(part).count((64, 64), route="first")["total"] for part in (detector, fused(detector)))
-    assert folded < whole
-    ckpt = saved(tmp_path / "routed.ckpt", config, detector)
-    options = [f"ckpt={ckpt}", f"output_dir={tmp_path}"]
-    calibration: Calibration = calibrate(compose_command("calibrate", [*options, "latency_images=0", "device=cpu"]))
-    assert calibration.points[0].macs == folded
-    for fuse, expected in (("true", folded), ("false", whole)):
-        keys = [*options, "trainer.accelerator=cpu", "speed=easy", f"fuse={fuse}"]
-        assert evaluate(compose_command("evaluate", keys))["macs/total_mean"] == expected
+    options = [f"ckpt={saved(tmp_path / 'routed.ckpt', config, cascade(config))}", f"output_dir={tmp_path}"]
+    calibration = calibrate(compose_command("calibrate", [*options, "latency_images=0", "device=cpu"]))
+
+    def evaluated(*keys: str) -> float:
+        return evaluate(compose_command("evaluate", [*options, "trainer.accelerator=cpu", *keys]))["macs/total_mean"]
+
+    assert calibration.points[0].macs == evaluated("speed=easy") < evaluated("speed=easy", "fuse=false")

@@ -1,41 +1,42 @@
 """Traps of the published code of DynamicDet (Lin et al., CVPR 2023), and the tests that keep this one out of them.
 
- 1 easiness taken for difficulty     models/test_dynamicdet_traps.py::test_an_image_is_easy_from_the_threshold_up
-   its share, its gradient           metrics/test_curve.py::test_thresholds
-                                     models/test_offset.py::test_the_gradient_depends_on_the_difference_and_the_offset_alone
-   in released files                 convert/test_dynamicdet.py::test_networks_compute_the_same
-   its name in what is written       lightning/test_router_traps.py::test_difficulty_is_what_easiness_leaves
- 2 X reads across                    models/test_dynamicdet_traps.py::test_only_x_reads_across
-                                     models/test_cascade.py::test_the_second_backbone_reads_the_first
-                                     convert/test_dynamicdet.py::test_networks_compute_the_same
- 3 batches of one image: routing     models/test_cascade.py::test_a_mixed_batch_is_its_images_one_by_one
-   batches of one image: losses      models/test_cascade.py::test_losses_of_single_images
-                                     models/test_yolo_predictor_per_image.py::test_means_are_inside_the_image
- 4 anchors of one head for both      models/test_dynamicdet_traps.py::test_each_head_has_its_own_anchors
-                                     convert/test_dynamicdet.py::test_both_heads_get_the_anchors_that_they_were_trained_with
- 5 step 2 loses anchors              lightning/test_router_traps.py::test_step_2_takes_weights_alone
- 6 images in order                   lightning/test_router_traps.py::test_one_process_shuffles
- 7 a fixed device                    models/test_dynamicdet_traps.py::test_no_device_is_written_down
-   tensors on two devices            models/test_dynamicdet_traps.py::test_images_follow_the_detector
-                                     models/test_dynamicdet_traps.py::test_losses_stay_on_the_device_of_the_maps
- 8 x by the height                   models/test_yolo_predictor.py::test_width_and_height_are_alike
-                                     models/test_yolo_predictor_assign.py::test_candidates
-                                     models/test_yolo_predictor_assign.py::test_choice
-                                     data/test_yolo.py::test_boxes_labels_and_ids
- 9 infinite costs                    models/test_yolo_predictor_assign.py::test_certain_predictions_have_finite_costs
-10 step 2 resumes step 1             lightning/test_router_traps.py::test_step_2_takes_weights_alone
-11 one epoch divides by zero         lightning/test_router_traps.py::test_step_2_takes_weights_alone
-                                     lightning/test_router_traps.py::test_schedules_of_one_step
-12 costs scaled up from a small size models/test_dynamicdet_traps.py::test_costs_are_counted_at_full_size
-   costs before or after folding     lightning/test_router_traps.py::test_the_folded_network_is_what_is_counted
-13 sorting all differences anew      models/test_dynamicdet_traps.py::test_a_running_median_does_not_sort_anew
-14 scores round to 1                 models/test_dynamicdet_traps.py::test_scores_that_round_to_1_are_told_apart
-                                     models/test_cascade.py::test_both_ends_are_exact_whatever_the_router_says
-15 padding moves scores              lightning/test_router_traps.py::test_calibrated_scores_are_those_of_single_images
-                                     models/test_dynamicdet_traps.py::test_masked_pooling_is_a_choice
-                                     models/test_cascade.py::test_masked_pooling_does_not_see_padding
-16 one route for all processes       models/test_dynamicdet_traps.py::test_processes_route_on_their_own
-                                     models/test_dynamicdet_traps.py::test_processes_do_not_share_losses_of_images
+ 1 easiness taken for difficulty models/test_dynamicdet_traps.py::test_an_image_is_easy_from_the_threshold_up
+   its share, its gradient       metrics/test_curve.py::test_thresholds
+                                 models/test_offset.py::test_the_gradient_depends_on_the_difference_and_the_offset_alone
+   in released files             convert/test_dynamicdet.py::test_networks_compute_the_same
+   its name in what is written   lightning/test_router_traps.py::test_difficulty_is_what_easiness_leaves
+ 2 X reads across                models/test_dynamicdet_traps.py::test_only_x_reads_across
+                                 models/test_cascade.py::test_the_second_backbone_reads_the_first
+                                 convert/test_dynamicdet.py::test_networks_compute_the_same
+ 3 batches of one image: routing models/test_cascade.py::test_a_mixed_batch_is_its_images_one_by_one
+   batches of one image: losses  models/test_cascade.py::test_losses_of_single_images
+                                 models/test_yolo_predictor_per_image.py::test_means_are_inside_the_image
+ 4 anchors of one head for both  models/test_dynamicdet_traps.py::test_each_head_has_its_own_anchors
+                                 convert/test_dynamicdet.py::test_both_heads_get_the_anchors_that_they_were_trained_with
+ 5 step 2 loses anchors          lightning/test_router_traps.py::test_step_2_takes_weights_alone
+ 6 images in order               lightning/test_router_traps.py::test_one_process_shuffles
+ 7 a fixed device                models/test_dynamicdet_traps.py::test_no_device_is_written_down
+   tensors on two devices        models/test_dynamicdet_traps.py::test_images_follow_the_detector
+                                 models/test_dynamicdet_traps.py::test_losses_stay_on_the_device_of_the_maps
+ 8 x by the height               models/test_yolo_predictor.py::test_width_and_height_are_alike
+                                 models/test_yolo_predictor_assign.py::test_candidates
+                                 models/test_yolo_predictor_assign.py::test_choice
+                                 data/test_yolo.py::test_boxes_labels_and_ids
+ 9 infinite costs                models/test_yolo_predictor_assign.py::test_certain_predictions_have_finite_costs
+10 step 2 resumes step 1         lightning/test_router_traps.py::test_step_2_takes_weights_alone
+11 one epoch divides by zero     lightning/test_router_traps.py::test_step_2_takes_weights_alone
+                                 lightning/test_router_traps.py::test_schedules_of_one_step
+12 costs scaled up               models/test_dynamicdet_traps.py::test_costs_are_counted_at_full_size
+   costs of odd sizes            models/test_dynamicdet_traps.py::test_images_of_any_size_are_counted
+   costs before folding          lightning/test_router_traps.py::test_the_folded_network_is_what_is_counted
+13 sorting all differences anew  models/test_dynamicdet_traps.py::test_a_running_median_does_not_sort_anew
+14 scores round to 1             models/test_dynamicdet_traps.py::test_scores_that_round_to_1_are_told_apart
+                                 models/test_cascade.py::test_both_ends_are_exact_whatever_the_router_says
+15 padding moves scores          lightning/test_router_traps.py::test_calibrated_scores_are_those_of_single_images
+                                 models/test_dynamicdet_traps.py::test_padding_that_is_part_of_the_image_is_pooled
+                                 models/test_cascade.py::test_masked_pooling_does_not_see_padding
+16 one route for all processes   models/test_dynamicdet_traps.py::test_processes_route_on_their_own
+                                 models/test_dynamicdet_traps.py::test_processes_do_not_share_losses_of_images
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from yolo_oracles import ANCHORS, STRIDES, random_preds
 
 from dyndet.api import build_detector
 from dyndet.config import compose_experiment
-from dyndet.errors import UserError
+from dyndet.metrics.static import StaticCosts
 from dyndet.models.cascade.offset import RunningMedian
 from dyndet.models.detectors.cascade import CascadeDetector, Route
 from dyndet.models.predictors.yolo import YoloPredictor
@@ -174,9 +175,9 @@ def test_images_follow_the_detector(experiment: str, monkeypatch: pytest.MonkeyP
     """A second device that every machine has: a meta tensor and one on the CPU cannot meet in an operation."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta knows none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-    masked = experiment == "shapes_dy_tiny"
-    detector = cascade(experiment, f"detector.router.masked={str(masked).lower()}", "preprocess.centred=false")
-    detector.to("meta")
+    detector = cascade(experiment, "preprocess.centred=false").to("meta")
+    assert detector.router is not None
+    detector.router.masked = experiment == "shapes_dy_tiny"
     images = [torch.rand(3, 64, 40), torch.rand(3, 48, 64)]
     seen = detector.look(images)
     assert detector.easiness(detector.pooled(seen)).device.type == "meta"
@@ -220,6 +221,17 @@ def test_costs_are_counted_at_full_size() -> None:
     del small["total"], large["total"]
     assert {"backbone", "links", "backbone2", "neck", "predictor"} <= set(small)
     assert large == {part: 16 * macs for part, macs in small.items()}
+
+
+@pytest.mark.parametrize("experiment", ["shapes_dy_yolo", "shapes_dy_tiny"])
+def test_images_of_any_size_are_counted(experiment: str) -> None:
+    """Photos are no multiples of a stride; nothing outside of the canvas that is computed counts."""
+    with torch.device("meta"):
+        detector = build_detector(experiment)
+    counter, costs = MacCounter(detector), StaticCosts(detector)
+    for route in ("first", "second"):
+        below, above = (counter.count(size, route=route)["total"] for size in ((32, 64), (64, 128)))
+        assert below < sum(costs((48, 85), routed=False, route=route).values()) <= above
 
 
 # 13
@@ -280,10 +292,14 @@ def test_scores_that_round_to_1_are_told_apart() -> None:
 # 15
 
 
-def test_masked_pooling_is_a_choice() -> None:
-    assert not compose_experiment("dy_yolov7", [ROUTER, "init=x"]).detector.router.masked
-    with pytest.raises(UserError, match=r"preprocess\.centred=false"):
-        build_detector("shapes_dy_yolo", [ROUTER, "detector.router.masked=true"])
+def test_padding_that_is_part_of_the_image_is_pooled() -> None:
+    """As in the released networks: the canvas belongs to the score, and is not to be masked by mistake."""
+    detector = cascade("shapes_dy_yolo")
+    router = detector.router
+    assert detector.preprocess.centred and router is not None and not router.masked
+    router.masked = True
+    with pytest.raises(ValueError, match=r"preprocess\.centred=false"):
+        CascadeDetector(first=detector.first, second=detector.second, links=detector.links, router=router)
 
 
 # 16
