@@ -271,7 +271,7 @@ def test_router_by_hand() -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_masked_pooling_does_not_see_padding(masked: bool) -> None:
-    detector = build("shapes_dy_tiny", f"detector.router.masked={str(masked).lower()}")
+    detector = build("shapes_dy_tiny", f"detector.masked={str(masked).lower()}")
     small = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(2))
     alone = ImageBatch.of([small], 32)
     padded = ImageBatch.of([small, torch.zeros(3, 64, 160)], 32)

@@ -11,7 +11,9 @@ from dyndet.routing import Routes, Routing
 
 
 class StaticCosts:
-    """Dense multiply-adds per part and image size, counted once per size; padding does not count."""
+    """Dense multiply-adds per part and image size, counted once per size; padding does not count, unless images
+    lie in the middle of a canvas, where it is treated like the image.
+    """
 
     def __init__(self, detector: Detector) -> None:
         self._detector = detector
@@ -26,7 +28,7 @@ class StaticCosts:
             routed: whether the head routes.
             route: the way through a cascade, "first" or "second".
         """
-        height, width = size
+        height, width = self._detector.preprocess.canvas(size)
         key = height, width, routed, route
         if key not in self._known:
             if self._counter is None:  # not before it is needed: it copies the detector

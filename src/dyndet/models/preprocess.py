@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dyndet.structures import ImageBatch
+from dyndet.structures import ImageBatch, Size
 
 
 class Preprocess(nn.Module):
@@ -46,14 +46,22 @@ class Preprocess(nn.Module):
         self.fill = fill
         self.centred = centred
 
+    def canvas(self, size: Sequence[int]) -> Size:
+        """(H, W) of the canvas on which an image of this size is evaluated by itself; the size, unless `centred`."""
+        height, width = size
+        if not self.centred:
+            return height, width
+        divisor = self.divisor  # ceil(side / divisor + 1/2) in integers
+        return (
+            -(-(2 * height + divisor) // (2 * divisor)) * divisor,
+            -(-(2 * width + divisor) // (2 * divisor)) * divisor,
+        )
+
     def place(self, images: ImageBatch) -> ImageBatch:
         """The batch on its canvas: as it is, or in evaluation with `centred` moved to the middle of a larger one."""
         if not self.centred or self.training or images.offsets is not None:
             return images
-        # ceil(side / divisor + 1/2) in integers
-        height, width = (
-            -(-(2 * int(side) + self.divisor) // (2 * self.divisor)) * self.divisor for side in images.sizes.amax(0)
-        )
+        height, width = self.canvas(images.sizes.amax(0).tolist())
         room = torch.tensor([height, width]) - images.sizes
         offsets = room // 2  # an odd pixel goes to the bottom and right
         canvas = images.pixels.new_zeros(len(images), 3, height, width)

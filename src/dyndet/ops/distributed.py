@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_ALONE = ContextVar("_ALONE", default=False)
 
 
 def reduce_mean(value: Tensor) -> Tensor:
@@ -40,5 +44,15 @@ def gathered(items: list[T]) -> list[T]:
     return [item for some in everyone for item in some]
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside it a process is on its own: no collective is called, whatever the others do."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _ALONE.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -19,6 +19,7 @@ from dyndet.models.cascade.router import Router
 from dyndet.models.detectors.base import Detector, Images, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.stages import StagedBackbone, run_stages
+from dyndet.ops.distributed import alone
 from dyndet.ops.grid import valid_masks
 from dyndet.routing import Routes, Routing
 from dyndet.structures import Detections, ImageBatch, Losses, Size, Target
@@ -98,8 +99,9 @@ class CascadeDetector(Detector):
         first and of the second detector.
         """
         seen = self.look(images)
-        first = self.first.image_losses_from(self._easy_maps(seen), seen.batch, targets)
-        second = self.second.image_losses_from(self._hard_maps(seen), seen.batch, targets)
+        with alone():  # an image's losses are its own, and processes may have different numbers of batches
+            first = self.first.image_losses_from(self._easy_maps(seen), seen.batch, targets)
+            second = self.second.image_losses_from(self._hard_maps(seen), seen.batch, targets)
         return seen, torch.stack([first, second])
 
     def look(self, images: Images) -> Seen:
