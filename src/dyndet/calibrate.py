@@ -36,7 +36,7 @@ from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.report.curve import speed_plot
-from dyndet.speed import Calibration, Point, easiness_of
+from dyndet.speed import Calibration, Point, cascade_settings, easiness_of
 from dyndet.structures import ImageBatch
 
 
@@ -74,10 +74,8 @@ def _cascade(
     ways = BothWays.joined([go_both_ways(detector, static, batch.to(device)) for batch in batches])
     splits = ways.curve(data.categories, [step / 10 for step in range(11)])
 
-    def end(threshold: float) -> None:
-        detector.threshold = threshold
-
-    ends = {"easy": lambda: end(-math.inf), "hard": lambda: end(math.inf)}
+    settings = cascade_settings(detector)
+    ends = {name: settings[name] for name in ("easy", "hard")}
     latency = time_detections(detector, single, ends) if single else {}
     points = [
         Point(split.threshold, split.macs, latency.get(name))

@@ -7,7 +7,7 @@ less than a threshold.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,6 +91,15 @@ def set_speed(detector: Detector, speed: str, calibration: Calibration | None) -
         raise UserError(f"speed={speed} is for cascades; gates take macs, latency_ms, threshold, easy or hard")
     head.close_below(_gate_threshold(kind, value, speed, calibration))
     return f"speed {speed}: gates of at most {head.gate_threshold:.4f} close"
+
+
+def cascade_settings(detector: CascadeDetector) -> dict[str, Callable[[], None]]:
+    """What to call for all images easy, all hard, and the split that is set now, for `time_detections`."""
+
+    def setting(threshold: float) -> Callable[[], None]:
+        return lambda: setattr(detector, "threshold", threshold)
+
+    return {"easy": setting(-math.inf), "hard": setting(math.inf), "now": setting(detector.threshold)}
 
 
 def _parsed(speed: str) -> tuple[str, float]:
