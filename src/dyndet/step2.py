@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +35,7 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
     load_detectors(detector, config.init, data)
     lessons = None
     if config.router.cached:
-        device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+        device = _own_device(config.trainer.accelerator, config.trainer.devices)
         folder = Path(config.router.cache) / _fingerprint(config)
         lessons = collect(detector, data, passes=config.router.passes, device=device, folder=folder)
         data = _lesson_data(config, Lessons(lessons, data.categories))
@@ -82,6 +84,15 @@ def load_detectors(detector: CascadeDetector, init: str, data: DetectionDataModu
 
 def config_name(config: DictConfig) -> str:
     return str(config.get("name", "?"))
+
+
+def _own_device(accelerator: str, devices: int | str | Sequence[int]) -> torch.device:
+    """Where this process computes before the trainer has started: torchrun and SLURM number their processes."""
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    mine = range(torch.cuda.device_count()) if isinstance(devices, int | str) else list(devices)
+    return torch.device("cuda", mine[rank % len(mine)])
 
 
 def _fingerprint(config: DictConfig) -> str:

@@ -80,6 +80,19 @@ def test_multistep_without_warmup_starts_at_full_rate() -> None:
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+def test_one_cycle_whose_way_up_is_one_step() -> None:
+    """Torch's own schedule divides by zero there."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = one_cycle(optimizer, total_steps=4, pct_start=0.25)
+    rates = []
+    for _ in range(4):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        if len(rates) < 4:
+            scheduler.step()
+    assert rates == [pytest.approx(rate, abs=1e-5) for rate in (0.1, 0.075, 0.025, 0.0)]
+
+
 def test_a_one_cycle_run_can_be_extended() -> None:
     """The longer schedule takes over at the step reached; the saved length does not come back with the state."""
 

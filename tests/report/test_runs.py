@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dyndet.errors import UserError
-from dyndet.report.runs import Run, collect_runs, differences, group_runs
+from dyndet.report.runs import Run, collect_runs, compute_number, differences, group_runs
 from dyndet.report.tables import markdown_table, metric_label, pareto_front, pareto_plot, report_table
 
 CSV = """epoch,macs/head_ratio,step,train/loss,val/AP,val/AP50
@@ -197,6 +197,13 @@ def test_numbers_that_no_run_defines_have_no_column(tmp_path: Path) -> None:
         {"val/AP": 0.5}, {"epoch": 0, "step": 9, "val/AP": 0.25},
     ]  # fmt: skip
     assert report_table(runs).split("\n")[0].replace("|", " ").split() == ["#", "a", "AP"]
+
+
+def test_runs_without_gates_are_compared_by_all_their_macs(sweep: Path, tmp_path: Path) -> None:
+    assert compute_number(collect_runs(sweep)) == "macs/head_ratio"
+    make(tmp_path / "plain", ["a=1"], {"val/AP": 0.5, "macs/head_ratio": 1.0, "macs/total_mean": 1e9})
+    make(tmp_path / "plain" / "yolo", ["a=2"], {"val/AP": 0.5, "macs/head_ratio": math.nan, "macs/total_mean": 2e9})
+    assert compute_number(collect_runs(tmp_path / "plain")) == "macs/total_mean"
 
 
 def test_single_run_is_named_by_its_folder(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ def collect(
     """Runs both detectors over the training set.
 
     What is done is kept in `folder`, so that an interrupted pass goes on where it stopped and a finished one is read.
+    Processes that start together each do all of it; those that start later find it done.
 
     Args:
         detector: goes to `device` and into eval mode.
@@ -100,6 +103,6 @@ def _joined(parts: Sequence[Lesson]) -> Lesson:
 
 def _save(lesson: Lesson, file: Path) -> None:
     """All or nothing: an interruption leaves no half file."""
-    part = file.with_suffix(".part")
+    part = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")
     torch.save({"pooled": lesson.pooled.cpu(), "losses": lesson.losses.cpu()}, part)
-    part.rename(file)
+    part.replace(file)

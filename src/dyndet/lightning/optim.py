@@ -137,7 +137,10 @@ class WarmupCosine(LRScheduler):
 def one_cycle(optimizer: Optimizer, *, total_steps: int, **kwargs: Any) -> LRScheduler:
     """Torch's one-cycle schedule over the whole run, each group to its own peak; for short runs."""
     peaks = [group["lr"] for group in optimizer.param_groups]
-    return _OneCycle(optimizer, max_lr=peaks, total_steps=total_steps, **kwargs)
+    rise = kwargs.pop("pct_start", 0.3)
+    if rise * total_steps == 1:  # torch divides by zero where the way up is one step long
+        rise *= 1 - 1e-9
+    return _OneCycle(optimizer, max_lr=peaks, total_steps=total_steps, pct_start=rise, **kwargs)
 
 
 class _OneCycle(OneCycleLR):

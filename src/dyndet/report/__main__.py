@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dyndet.command import run
-from dyndet.report.runs import collect_runs
+from dyndet.report.runs import collect_runs, compute_number
 from dyndet.report.tables import pareto_plot, report_table
 
 
@@ -17,10 +17,11 @@ def report(config: DictConfig) -> Path:
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     apart = ["seed", *config.ignore]
-    table = report_table(runs, x=config.x, y=config.y, ignore=apart)
+    x = config.x or compute_number(runs)
+    table = report_table(runs, x=x, y=config.y, ignore=apart)
     (folder / "report.md").write_text(table + "\n")
     print(table)
-    picture = pareto_plot(runs, folder / "pareto.png", x=config.x, y=config.y, ignore=apart)
+    picture = pareto_plot(runs, folder / "pareto.png", x=x, y=config.y, ignore=apart)
     print(f"table and picture: {folder / 'report.md'}, {picture}")
     return folder
 

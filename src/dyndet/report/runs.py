@@ -88,6 +88,12 @@ def group_runs(runs: Iterable[Run], *, ignore: Sequence[str] = ("seed",)) -> lis
     return list(groups.values())
 
 
+def compute_number(runs: Iterable[Run]) -> str:
+    """What compute is compared by: the executed share of the head where gates save any, else all MACs."""
+    gated = any(run.metrics.get("macs/head_ratio", 1.0) < 1 for run in runs)
+    return "macs/head_ratio" if gated else "macs/total_mean"
+
+
 def differences(groups: Sequence[Group]) -> list[str]:
     """The settings in which the groups differ, in the order in which they first appear."""
     keys = dict.fromkeys(key for group in groups for key in group.settings)
