@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from dyndet.config import build, compose_experiment
 from dyndet.data.datamodule import DetectionDataModule
+from dyndet.errors import UserError
 
 PRESETS = ["yolo", "yolo_masks", "yolo_light", "letterbox"]
 
@@ -27,6 +28,20 @@ def test_generated_images_become_squares(preset: str) -> None:
     assert all(target.masks is None for target in batch.targets)
     assert sum(len(target.boxes) for target in batch.targets)
     assert next(iter(module.val_dataloader())).images.pixels.shape[2:] == (128, 128)  # evaluation is left alone
+
+
+def test_masks_reach_a_detector_that_learns_them() -> None:
+    few = ["data.train_images=4", "data.val_images=2", "data.batch_size=2", "data.augment.size=96"]
+    config = compose_experiment("shapes_mask_rcnn", ["+data/augment=yolo_masks", *few])
+    module = build(config.data.module)
+    module.setup("fit")
+    for target in next(iter(module.train_dataloader())).targets:
+        assert target.masks is not None and target.masks.shape == (len(target.boxes), 96, 96)
+
+
+def test_data_without_masks_is_named() -> None:
+    with pytest.raises(UserError, match=r"data\.masks, which this data does not have"):
+        build(compose_experiment("yolov7", ["data=voc", "data/augment=yolo_masks"]).data.module)
 
 
 @pytest.mark.parametrize("data", ["coco", "voc", "yolo", "bccd", "shapes"])

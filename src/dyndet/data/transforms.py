@@ -82,9 +82,18 @@ class RandomHorizontalFlip:
 
 
 class DropMasks:
-    """Leaves boxes only, once masks have served: they make batches large."""
+    """Leaves boxes only, once masks have served: they make batches large.
+
+    Args:
+        keep: for detectors that learn masks; nothing is dropped.
+    """
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self.keep = keep
 
     def __call__(self, sample: Sample, generator: Generator) -> Sample:
+        if self.keep:
+            return sample
         return replace(sample, target=replace(sample.target, masks=None))
 
 
