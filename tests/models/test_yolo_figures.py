@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from dyndet.api import build_detector
+from dyndet.errors import UserError
+from dyndet.metrics.static import StaticCosts
 from dyndet.models.detectors.cascade import CascadeDetector
 from dyndet.models.fuse import fused
 from dyndet.models.predictors.implicit import ImplicitConv
@@ -182,6 +184,40 @@ def test_width_and_depth_scale_a_network() -> None:
     neck = YoloNeck(backbone.channels, backbone.strides, widths=(128, 256), branches=(128, 256), width=0.25, depth=0.5)
     maps = neck(backbone(torch.zeros(1, 3, 32, 48)))
     assert [tuple(x.shape) for x in maps] == [(1, 64, 8, 12), (1, 128, 4, 6)] and neck.channels == [64, 128]
+
+
+MIXES = [
+    ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_small"],
+    ["backbone=yolov7_tiny", "neck=fpn_small", "predictor=fcos_small"],
+    ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_small", "detector=cascade", "detector.first_link=0"],
+]
+
+
+@pytest.mark.parametrize("parts", MIXES, ids="-".join)
+def test_sizes_between_strides_are_refused_or_padded(parts: list[str]) -> None:
+    detector = build_detector(None, ["head=none", *parts]).eval()
+    assert detector.size_divisor == 32
+    with pytest.raises(ValueError, match=r"100 x 84 pixels.*stride 32"):
+        detector.losses(torch.zeros(2, 3, 100, 84), [])
+    assert len(detector.detect([torch.zeros(3, 100, 84)])) == 1
+    static = StaticCosts(detector)
+    assert static((100, 84), routed=False) == static((128, 96), routed=False)
+
+
+def test_other_networks_take_any_size() -> None:
+    detector = build_detector(None, ["head=plain_small"]).eval()
+    assert detector.size_divisor == 1
+    assert len(detector.detect(torch.zeros(1, 3, 50, 37))) == 1
+    static = StaticCosts(detector)
+    assert static((50, 37), routed=False) != static((64, 64), routed=False)
+
+
+def test_a_divisor_below_the_stride_is_refused() -> None:
+    parts = ["preprocess=yolo", "backbone=yolov7w6", "neck=yolov7w6", "head=none", "predictor=yolo_p6"]
+    with torch.device("meta"):
+        with pytest.raises(UserError, match=r"preprocess\.divisor=32.*set preprocess\.divisor=64"):
+            build_detector(None, parts)
+        assert build_detector(None, [*parts, "preprocess.divisor=128"]).size_divisor == 64
 
 
 def test_a_neck_that_does_not_fit_says_so() -> None:

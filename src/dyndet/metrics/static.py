@@ -11,8 +11,8 @@ from dyndet.routing import Routes, Routing
 
 
 class StaticCosts:
-    """Dense multiply-adds per part and image size, counted once per size; padding does not count, unless images
-    lie in the middle of a canvas, where it is treated like the image.
+    """Dense multiply-adds per part and image size, counted once per size; padding does not count, unless the network
+    cannot do without, or images lie in the middle of a canvas, where it is treated like the image.
     """
 
     def __init__(self, detector: Detector) -> None:
@@ -28,7 +28,8 @@ class StaticCosts:
             routed: whether the head routes.
             route: the way through a cascade, "first" or "second".
         """
-        height, width = self._detector.preprocess.canvas(size)
+        divisor = self._detector.size_divisor
+        height, width = (-(-side // divisor) * divisor for side in self._detector.preprocess.canvas(size))
         key = height, width, routed, route
         if key not in self._known:
             if self._counter is None:  # not before it is needed: it copies the detector

@@ -22,7 +22,10 @@ Images = ImageBatch | Tensor | Sequence[Tensor]
 
 
 class FeatureMaps(Protocol):
-    """What a backbone and a neck are: a call to feature maps, finest first, of known widths and strides."""
+    """What a backbone and a neck are: a call to feature maps, finest first, of known widths and strides.
+
+    Those that do not take images of any size have a `size_divisor`: both sides must be multiples of it.
+    """
 
     strides: list[int]
 
@@ -64,6 +67,11 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def strides(self) -> list[int]:
         """Pixels per position of every level."""
+
+    @property
+    def size_divisor(self) -> int:
+        """Network inputs have sides that are multiples of this; 1 takes any."""
+        return 1
 
     @property
     def has_masks(self) -> bool:

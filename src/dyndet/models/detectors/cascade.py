@@ -77,6 +77,10 @@ class CascadeDetector(Detector):
         return self.second.strides
 
     @property
+    def size_divisor(self) -> int:
+        return max(self.first.size_divisor, self.second.size_divisor)
+
+    @property
     def has_masks(self) -> bool:
         return self.second.has_masks
 
@@ -108,8 +112,13 @@ class CascadeDetector(Detector):
         """Runs the first backbone."""
         batch = self.first.batch(images)
         pixels = self.preprocess(batch)
-        outputs = self.first.run_part("backbone", lambda x: run_stages(_staged(self.first).stages(), x), pixels)
-        return Seen(batch, pixels, outputs, _staged(self.first).sources(outputs))
+        backbone = _staged(self.first)
+
+        def run(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            outputs = run_stages(backbone.stages(), x)
+            return outputs, backbone.sources(outputs)
+
+        return Seen(batch, pixels, *self.first.run_part("backbone", run, pixels))
 
     def pooled(self, seen: Seen) -> Tensor:
         """What the router reads, (B, sum of channels).

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyndet.errors import UserError
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images, RawMaps
 from dyndet.models.heads.chain import HeadChain
@@ -29,6 +30,9 @@ class PyramidDetector(Detector):
         budget: prices the head's routing in `losses`; None leaves it free.
         precision: dtype name per part ("backbone", "neck", "head", "predictor") to run it in under autocast, for
             instance {"neck": "bfloat16", "head": "bfloat16"}; parts without one follow the surrounding precision.
+
+    Raises:
+        UserError: if `preprocess` pads to sizes that the backbone or the neck cannot take.
     """
 
     backbone: FeatureMaps
@@ -52,10 +56,19 @@ class PyramidDetector(Detector):
         self.head = head
         self.budget = budget
         self.precision = _dtypes(precision or {})
+        if preprocess.divisor % self.size_divisor:
+            raise UserError(
+                f"preprocess.divisor={preprocess.divisor}: this backbone and neck take only images whose sides are "
+                f"multiples of {self.size_divisor}: set preprocess.divisor={self.size_divisor}"
+            )
 
     @property
     def strides(self) -> list[int]:
         return self.neck.strides
+
+    @property
+    def size_divisor(self) -> int:
+        return max(getattr(part, "size_divisor", 1) for part in (self.backbone, self.neck))
 
     def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
         batch = self.batch(images)
@@ -105,9 +118,20 @@ class PyramidDetector(Detector):
         return self.run_part("head", self.head, features, valid)
 
     def batch(self, images: Images) -> ImageBatch:
-        """Any images as one batch on the detector's device, placed as it wants them."""
+        """Any images as one batch on the detector's device, placed as it wants them.
+
+        Raises:
+            ValueError: if the backbone or the neck cannot take their size.
+        """
         device = next(self.parameters()).device
-        return self.preprocess.place(ImageBatch.of(images, self.preprocess.divisor).to(device))
+        batch = self.preprocess.place(ImageBatch.of(images, self.preprocess.divisor).to(device))
+        height, width = batch.pixels.shape[-2:]
+        if height % self.size_divisor or width % self.size_divisor:
+            raise ValueError(
+                f"images of {height} x {width} pixels (H x W) do not fit this network of stride {self.size_divisor}: "
+                f"pad both sides to multiples of {self.size_divisor}, or give a list of images"
+            )
+        return batch
 
     def _wanted(self, batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]) -> list[Target]:
         """What losses are taken for: no crowd, in pixels of the batch, on its device."""

@@ -18,6 +18,7 @@ class YoloBackbone(nn.Module):
     Attributes:
         channels: C of every returned map, finest first.
         strides: pixels per position of every returned map.
+        size_divisor: the largest stride; sides of images are multiples of it.
         stage_channels: C of every stage's output, the stem's first.
         stage_strides: pixels per position of these.
         link_channels: C of every stage after its entrance, where composite links add.
@@ -68,9 +69,10 @@ class YoloBackbone(nn.Module):
         self.channels = self.stage_channels[-num_outputs:]
         self.stage_strides = [2 ** (index + 1) for index in range(len(self.stage_channels))]
         self.strides = self.stage_strides[-num_outputs:]
+        self.size_divisor = self.strides[-1]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W), H and W multiples of the largest stride -> L x (B, C_l, H / stride_l, W / stride_l)."""
+        """(B, 3, H, W), H and W multiples of `size_divisor` -> L x (B, C_l, H / stride_l, W / stride_l)."""
         return run_stages(self.stages(), images)[-len(self.channels) :]
 
     def stages(self) -> list[Stage]:

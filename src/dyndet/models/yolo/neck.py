@@ -18,6 +18,7 @@ class YoloNeck(nn.Module):
     Attributes:
         channels: C of every level, finest first: twice the width inside.
         strides: pixels per position of every level.
+        size_divisor: the largest stride; sides of images are multiples of it, so that every map is half the one before.
 
     Args:
         in_channels: C of the backbone's maps, finest first.
@@ -59,6 +60,7 @@ class YoloNeck(nn.Module):
             raise ValueError(f"downsample is pool or conv, output rep or conv, got {downsample!r} and {output!r}")
         inside = [scaled(number, width) for number in widths]
         self.strides = list(in_strides)
+        self.size_divisor = self.strides[-1]
         self.channels = [2 * number for number in inside]
 
         def elan(in_channels: int, level: int) -> ELAN:
