@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +28,7 @@ from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.curve import BothWays, Split, go_both_ways
 from dyndet.metrics.static import StaticCosts, meter_batch
-from dyndet.metrics.timing import time_detections
+from dyndet.metrics.timing import device_name, time_detections
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.cascade import CascadeDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
@@ -81,7 +80,7 @@ def _cascade(
         Point(split.threshold, split.macs, latency.get(name))
         for name, split in (("easy", splits[0]), ("hard", splits[-1]))
     ]
-    calibration = Calibration(points, ways.easiness.sort().values.tolist(), _device(detector), len(ways.easiness))
+    calibration = Calibration(points, ways.easiness.sort().values.tolist(), device_name(detector), len(ways.easiness))
     _print_splits(splits, calibration)
     correlation = ways.rank_correlation()
     print(f"difficulty against L1 - L2: Spearman's rank correlation {correlation:.3f}")
@@ -117,7 +116,7 @@ def _gates(
     for point in points:
         table.add_row(f"{point.threshold:.3f}", f"{point.macs / 1e9:.3f}", _number(point.latency_ms))
     Console().print(table)
-    return Calibration(points, [], _device(detector), images)
+    return Calibration(points, [], device_name(detector), images)
 
 
 def _print_splits(splits: Sequence[Split], calibration: Calibration) -> None:
@@ -136,13 +135,6 @@ def _print_splits(splits: Sequence[Split], calibration: Calibration) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _device(detector: Detector) -> str:
-    device = next(detector.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _finite(value: object) -> object:

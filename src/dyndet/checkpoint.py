@@ -33,13 +33,17 @@ class Checkpoint:
     calibration: dict[str, Any] | None = None
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, key: str = "ckpt") -> Checkpoint:
     """Reads a checkpoint.
+
+    Args:
+        path: the file.
+        key: what sets it, for messages.
 
     Raises:
         UserError: if the file is missing, damaged, not ours, or holds anything but plain data.
     """
-    content = _content(Path(path))
+    content = _content(Path(path), key)
     extra = content["dyndet"]
     prefix = "detector."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
@@ -62,15 +66,16 @@ def write_calibration(path: str | Path, calibration: dict[str, Any], out: str | 
     content = _content(Path(path))
     content["dyndet"]["calibration"] = calibration
     target = Path(out or path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     torch.save(content, part)
     part.replace(target)
     return target
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path, key: str = "ckpt") -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path.resolve()}: set ckpt to a file such as RUN/checkpoints/last.ckpt")
+        raise UserError(f"no checkpoint at {path.resolve()}: set {key} to a file such as RUN/checkpoints/last.ckpt")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:

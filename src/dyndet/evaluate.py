@@ -24,7 +24,7 @@ from dyndet.errors import UserError
 from dyndet.lightning.callbacks import Collect, Progress
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.export import write_results
-from dyndet.metrics.timing import time_detections, time_head
+from dyndet.metrics.timing import device_name, time_detections, time_head
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.cascade import CascadeDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
@@ -43,6 +43,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if data.categories != saved.categories:
         raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
     detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse)
+    head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
+    if config.timing and not isinstance(head, FineGrainedHead):
+        raise UserError(f"timing={config.timing}: this detector's head has no sparse execution to compare")
     module = DetectionModule(detector, categories=data.categories)
     collected = Collect(data.categories)
     config.trainer.precision = config.trainer.precision or saved.config.trainer.precision
@@ -53,10 +56,11 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         folder = Path(config.output_dir)
         print_summary(report, metrics)
+        module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
         if config.latency:
             metrics |= _latency(detector, data, config.latency)
         if config.timing:
-            metrics |= _compare(module, data, config, report.ratio)
+            metrics |= _compare(cast(PyramidDetector, detector), data, config, report.ratio)
         print(f"validation steps took {collected.seconds:.2f} s for {collected.images} images")
         file = write_results(folder / "detections.json", collected.results)
         print(f"detections: {file}")
@@ -74,18 +78,15 @@ def _latency(detector: Detector, data: DetectionDataModule, count: int) -> dict[
     times = time_detections(detector.eval(), images, settings)
     settings["now"]()
     ends = f"; all easy {times['easy']:.2f}, all hard {times['hard']:.2f}" if "easy" in times else ""
-    print(f"latency: {times['now']:.2f} ms per image, {len(images)} images one by one{ends}")
+    print(f"latency: {times['now']:.2f} ms per image, {len(images)} images one by one on {device_name(detector)}{ends}")
     return {f"time/latency_{name}_ms".replace("_now", ""): value for name, value in times.items()}
 
 
-def _compare(module: DetectionModule, data: DetectionDataModule, config: DictConfig, macs: float) -> dict[str, float]:
+def _compare(detector: PyramidDetector, data: DetectionDataModule, config: DictConfig, macs: float) -> dict[str, float]:
     """Prints the head's time against its dense execution, next to its multiply-adds; returns both as metrics."""
-    detector = cast(PyramidDetector, module.detector).eval()
-    head = routed_part(detector.head)
-    if not isinstance(head, FineGrainedHead):
-        raise UserError(f"timing={config.timing}: this head has no sparse execution to compare")
     impl = config.impl or "auto"
-    timing = time_head(detector, head, islice(data.val_dataloader(), config.timing), impl=impl)
+    head = cast(FineGrainedHead, routed_part(detector.head))
+    timing = time_head(detector.eval(), head, islice(data.val_dataloader(), config.timing), impl=impl)
     print(f"head: {macs:.1%} of its full MACs in {timing.ratio:.1%} of the time of its dense execution "
           f"(impl={impl}, {timing.batches} batches)")  # fmt: skip
     return {"time/head_ratio": timing.ratio}

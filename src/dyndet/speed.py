@@ -157,9 +157,13 @@ def _between(kind: str, value: float, speed: str, points: Sequence[Point]) -> tu
         low, high = known[index], known[index + 1]
         if low <= value <= high and high > low:
             return index, (value - low) / (high - low)
+    if min(known) <= value <= max(known):
+        raise UserError(
+            f"speed={speed}: the dearer speeds were not slower when calibrated; measure more latency_images"
+        )
     unit = "" if kind == "macs" else " ms"
     raise UserError(
-        f"speed={speed} is out of reach: this model goes from {min(known):.4g}{unit} to {max(known):.4g}{unit}"
+        f"speed={speed} is out of reach: this model goes from {min(known):.7g}{unit} to {max(known):.7g}{unit}"
     )
 
 

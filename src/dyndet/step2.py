@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from dyndet.checkpoint import read_checkpoint
@@ -20,6 +23,8 @@ from dyndet.lightning.router import RouterModule
 from dyndet.models.cascade.offset import make_offset
 from dyndet.models.detectors.cascade import CascadeDetector
 
+_LOADING = ("num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint")
+
 
 def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterModule, DetectionDataModule]:
     """The module that trains the router of `config.init`, and the data that it learns from.
@@ -29,8 +34,11 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
         data: its images, set up for fitting.
 
     Raises:
-        UserError: if the checkpoint does not hold this cascade.
+        UserError: if the checkpoint does not hold this cascade, or the experiment has none.
     """
+    _check_order()
+    if "router" not in inspect.signature(get_method(config.detector._target_)).parameters:
+        raise UserError("only a cascade has a router to train: choose an experiment with detector=cascade")
     detector: CascadeDetector = build(config.detector)
     load_detectors(detector, config.init, data)
     lessons = None
@@ -59,13 +67,23 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
     return module, data
 
 
+def _check_order() -> None:
+    if not HydraConfig.initialized():
+        return
+    groups = [item.lstrip("+").partition("=")[0] for item in HydraConfig.get().overrides.task]
+    if {"experiment", "router"} <= set(groups) and groups.index("experiment") > groups.index("router"):
+        raise UserError(
+            "write +router=... after +experiment=...: what comes later wins, and step 2 has its own settings"
+        )
+
+
 def load_detectors(detector: CascadeDetector, init: str, data: DetectionDataModule) -> None:
     """Takes everything but the router from a checkpoint of step 1.
 
     Raises:
         UserError: if there is none, or it is of something else.
     """
-    saved = read_checkpoint(init)
+    saved = read_checkpoint(init, key="init")
     if saved.categories != data.categories:
         raise UserError(f"init={init} was trained on other categories than those of the data: {saved.categories}")
     weights = {name: value for name, value in saved.weights.items() if not name.startswith("router.")}
@@ -96,11 +114,15 @@ def _own_device(accelerator: str, devices: int | str | Sequence[int]) -> torch.d
 
 
 def _fingerprint(config: DictConfig) -> str:
-    """Names everything that lessons depend on."""
+    """Names what lessons depend on: not how they are loaded, not validation, not the router."""
+    data: Any = OmegaConf.to_container(config.data.module, resolve=True)
+    data = {key: value for key, value in data.items() if not key.startswith("val") and key not in _LOADING}
+    detector: Any = OmegaConf.to_container(config.detector, resolve=True)
+    detector = {key: value for key, value in detector.items() if key != "router"}
+    files = [Path(value) for value in data["train"].values() if isinstance(value, str)]
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     digest = hashlib.blake2b(digest_size=8)
-    for part in (config.data, config.detector, config.preprocess, config.seed, config.router.passes):
-        text = OmegaConf.to_yaml(part, resolve=True) if isinstance(part, DictConfig) else repr(part)
-        digest.update(text.encode())
+    digest.update(repr((data, detector, states, config.seed, config.router.passes)).encode())
     with Path(config.init).open("rb") as file:
         for block in iter(lambda: file.read(1 << 22), b""):
             digest.update(block)

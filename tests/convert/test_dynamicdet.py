@@ -287,3 +287,9 @@ def test_a_pickled_network_where_it_is_trusted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trust=true"):
         read_source(path)
     assert set(read_source(path, trust=True).weights) == {"model.0.weight", "model.0.bias"}
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_averaged_weights_come_before_those_of_the_last_step(averaged: bool, tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(1)}, "ema": {"a": torch.ones(1)} if averaged else None}, tmp_path / "a.pt")
+    assert read_source(tmp_path / "a.pt").weights["a"] == averaged

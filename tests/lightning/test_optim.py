@@ -112,6 +112,14 @@ def test_a_one_cycle_run_can_be_extended() -> None:
     assert advance(*resumed, 15) == pytest.approx(advance(*long, 24))
 
 
+def test_decay_goes_by_the_last_part_of_a_name() -> None:
+    """DyHead's `scale` is a module with weights, an implicit layer's a vector."""
+    detector = torch.nn.ModuleDict({"scale": torch.nn.Linear(2, 2)})
+    groups = build_optimizer(detector, optimizer=SGD, lr=0.1, weight_decay=0.5, decay_scales={"scale": 0, "bias": 0})
+    decay = {id(p): group["weight_decay"] for group in groups.param_groups for p in group["params"]}
+    assert (decay[id(detector["scale"].weight)], decay[id(detector["scale"].bias)]) == (0.5, 0.0)
+
+
 def yolo_groups() -> SGD:
     """One group of weights, one of biases."""
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
@@ -141,17 +149,35 @@ def cosine(progress: float) -> float:
     return (1 - math.cos(math.pi * progress)) / 2 * (0.1 - 1) + 1
 
 
-def test_yolo_warmup_of_a_short_run_is_short_and_resumes() -> None:
+def test_yolo_warmup_of_a_short_run_is_short() -> None:
     optimizer = yolo_groups()
     scheduler = WarmupCosine(optimizer, total_steps=50, warmup_steps=1000)
-    for _ in range(7):
+    for _ in range(5):
+        assert optimizer.param_groups[0]["lr"] < optimizer.param_groups[1]["lr"]
         optimizer.step()
         scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[1]["lr"])  # 5 steps of warm-up
-    again = yolo_groups()
-    resumed = WarmupCosine(again, total_steps=100, warmup_steps=1000)
-    resumed.load_state_dict(scheduler.state_dict())
-    assert resumed.total_steps == 100 and resumed.last_epoch == 7
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[1]["lr"])
+
+
+def test_yolo_resumes_inside_the_warmup() -> None:
+    """Rates and momentum go on as without the interruption, in a run that was made longer."""
+
+    def start(total_steps: int) -> tuple[SGD, WarmupCosine]:
+        optimizer = yolo_groups()
+        return optimizer, WarmupCosine(optimizer, total_steps=total_steps, warmup_steps=20, warmup_share=1.0)
+
+    def advance(optimizer: SGD, scheduler: WarmupCosine, steps: int) -> list[float]:
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        return [group[key] for group in optimizer.param_groups for key in ("lr", "momentum")]
+
+    short, long, resumed = start(50), start(100), start(100)
+    advance(*short, 7)
+    resumed[0].load_state_dict(short[0].state_dict())
+    resumed[1].load_state_dict(short[1].state_dict())
+    for steps in (1, 5, 30):
+        assert advance(*resumed, steps) == pytest.approx(advance(*long, 8 if steps == 1 else steps))
 
 
 def test_what_does_not_decay_in_yolo() -> None:

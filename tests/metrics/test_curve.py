@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
-from dyndet.metrics.curve import BothWays, quantile, spearman
-from dyndet.structures import Category, Detections, Target
+from dyndet.api import build_detector
+from dyndet.metrics.curve import BothWays, go_both_ways, quantile, spearman
+from dyndet.metrics.static import StaticCosts
+from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.structures import Batch, Category, Detections, ImageBatch, Target
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -54,6 +57,20 @@ def test_a_perfect_router_needs_only_the_images_that_the_first_detector_misses()
     assert [split.macs for split in splits] == [1, 2, 3]
     assert splits[0].ap < 0.6 and splits[1].ap == splits[2].ap == pytest.approx(1)
     assert ways.rank_correlation() == pytest.approx(math.sqrt(0.8))  # ranks 1 3 2 4 less ties in pairs
+
+
+def test_masks_are_not_kept() -> None:
+    detector = build_detector("shapes_mask_rcnn", ["detector=cascade_two_stage", "+router=exact", "init=x"]).eval()
+    assert isinstance(detector, CascadeDetector)
+    target = Target(
+        torch.tensor([[10.0, 10, 50, 50]]), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool),
+        masks=torch.ones(1, 64, 64, dtype=torch.bool), original_size=(64, 64),
+        segmentations=[[[10.0, 10, 50, 10, 50, 50]]],
+    )  # fmt: skip
+    ways = go_both_ways(detector, StaticCosts(detector), Batch(ImageBatch.of(torch.rand(1, 3, 64, 64)), [target]))
+    assert len(ways.first[0].boxes) and len(ways.second[0].boxes)
+    assert all(item.masks is None for item in (*ways.first, *ways.second, *ways.targets))
+    assert ways.targets[0].segmentations is None
 
 
 def test_a_bad_router_spends_without_gain() -> None:

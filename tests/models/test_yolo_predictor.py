@@ -136,6 +136,14 @@ def test_losses_grow_with_the_processes(monkeypatch: pytest.MonkeyPatch) -> None
     assert values(module.losses(raw, BUSY)) == {name: pytest.approx(8 * value) for name, value in alone.items()}
 
 
+def test_losses_are_of_so_many_images_where_batches_accumulate() -> None:
+    raw = random_preds(3, 2)
+    one, alone = values(predictor(times_batch=False).losses(raw, BUSY)), values(predictor().losses(raw, BUSY))
+    assert alone == {name: pytest.approx(3 * value) for name, value in one.items()}
+    found = values(predictor(times_batch=128).losses(raw, BUSY))
+    assert found == {name: pytest.approx(128 * value) for name, value in one.items()}
+
+
 def test_without_objects_only_objectness_trains() -> None:
     raw = [{"pred": torch.zeros_like(level["pred"]).requires_grad_()} for level in random_preds(2, 2)]
     losses = predictor().losses(raw, [target_of([])] * 2)

@@ -79,7 +79,7 @@ def propose(
                         near, j = x % 1 < 0.5 and x > 1, j - 1
                     elif step == "upper":
                         near, i = y % 1 < 0.5 and y > 1, i - 1
-                    elif step == "right":
+                    elif step == "right":  # published: also at a distance of exactly 0, a cell that cannot reach x
                         near, j = 0 < (columns - x) % 1 < 0.5 and columns - x > 1, j + 1
                     elif step == "lower":
                         near, i = 0 < (rows - y) % 1 < 0.5 and rows - y > 1, i + 1

@@ -81,7 +81,8 @@ def read_source(path: str | Path, *, trust: bool = False) -> Source:
         raise UserError(f"{path} is a checkpoint of dyndet already: give it to dyndet.predict as ckpt={path}")
     weights, meta = content, {}
     if isinstance(content, Mapping):
-        weights = next((content[key] for key in ("state_dict", "model") if key in content), content)
+        known = ("state_dict", "ema", "model")  # averaged weights are the result of a run, where there are any
+        weights = next((content[key] for key in known if content.get(key) is not None), content)
         meta = content.get("meta")
     if isinstance(weights, nn.Module):  # only where its class was trusted
         weights = weights.state_dict()

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dyndet.errors import UserError
-from dyndet.lightning.detection import DetectionModule
+from dyndet.models.budget import Budget
 
 
 class BudgetWarmup(Callback):
@@ -24,15 +24,15 @@ class BudgetWarmup(Callback):
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
         self.fraction = fraction
-        self._weight = 0.0
+        self._weights: dict[Budget, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DetectionModule)
-        if pl_module.detector.budget is None:
+        budgets = [part for part in pl_module.modules() if isinstance(part, Budget)]  # a cascade has two
+        if not budgets:
             raise UserError("callbacks.budget_warmup: this detector has no budget to warm up")
-        self._weight = pl_module.detector.budget.weight
+        self._weights = {budget: budget.weight for budget in budgets}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        assert isinstance(pl_module, DetectionModule) and pl_module.detector.budget is not None
         steps = self.fraction * trainer.estimated_stepping_batches
-        pl_module.detector.budget.weight = self._weight * min(1.0, trainer.global_step / steps if steps else 1.0)
+        for budget, weight in self._weights.items():
+            budget.weight = weight * min(1.0, trainer.global_step / steps if steps else 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
@@ -26,3 +27,8 @@ class EMA(WeightAveraging):
             return torch.lerp(current, averaged, rate) if current.is_floating_point() else current
 
         super().__init__(avg_fn=average)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The module is still on the CPU here; its average goes where it will go."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)

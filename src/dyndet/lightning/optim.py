@@ -37,7 +37,7 @@ def build_optimizer(
         norm_decay: of norm layers.
         lr_scales: factors of the learning rate by a part of the parameter's name, for instance {"backbone": 0.3,
             "gates": 0.3}; several that apply multiply.
-        decay_scales: factors of the decay likewise, for instance {"bias": 0.0}.
+        decay_scales: factors of the decay by the last part of the name, for instance {"bias": 0.0}.
         split_biases: biases are groups of their own, marked `biases`, for `WarmupCosine`.
     """
     groups: dict[tuple[float, float, bool], list[Parameter]] = {}
@@ -45,7 +45,7 @@ def build_optimizer(
         parts = name.split(".")
         rate = lr * math.prod(scale for part, scale in (lr_scales or {}).items() if part in parts)
         decay = norm_decay if is_norm else weight_decay
-        decay *= math.prod(scale for part, scale in (decay_scales or {}).items() if part in parts)
+        decay *= math.prod(scale for part, scale in (decay_scales or {}).items() if part == parts[-1])
         groups.setdefault((rate, decay, split_biases and parts[-1] == "bias"), []).append(parameter)
     return optimizer(
         [

@@ -68,6 +68,7 @@ class RouterModule(DetectionModule):
         self._ways: list[BothWays] = []
         detector.requires_grad_(False)
         detector.router.requires_grad_(True)
+        self.train()  # the trainer takes modes as they are
 
     def train(self, mode: bool = True) -> LightningModule:
         """The detectors stay in eval mode: their norms and samplers are fixed as well."""
@@ -80,7 +81,7 @@ class RouterModule(DetectionModule):
         lesson = learn(self.detector, batch) if isinstance(batch, Batch) else Lesson(*batch)
         easiness = self.detector.easiness(lesson.pooled)
         difference = lesson.losses[0] - lesson.losses[1]
-        offset = self.offset(difference)
+        offset = self.offset(torch.tensor(gathered(difference.tolist())))
         loss = router_loss(easiness, lesson.losses, offset)
         values = {
             "loss": loss,
@@ -114,7 +115,18 @@ class RouterModule(DetectionModule):
         checkpoint["dyndet"]["offset"] = self.offset.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.offset.restore(checkpoint["dyndet"]["offset"])
+        """Goes on with the offset of the checkpoint.
+
+        Raises:
+            UserError: if it is not of step 2, or of another offset.
+        """
+        saved = checkpoint["dyndet"]
+        if "offset" not in saved:
+            raise UserError("ckpt_path is not a checkpoint of step 2; those of step 1 are given as init=...")
+        before, now = ((config or {}).get("router_loss") for config in (saved["config"], self.config))
+        if before != now:
+            raise UserError(f"ckpt_path was trained with router_loss={before}, not {now}: go on with the same")
+        self.offset.restore(saved["offset"])
 
 
 @torch.no_grad()

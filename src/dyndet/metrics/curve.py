@@ -90,7 +90,7 @@ class BothWays:
 
 @torch.no_grad()
 def go_both_ways(detector: CascadeDetector, static: StaticCosts, batch: Batch) -> BothWays:
-    """Runs a batch along both routes.
+    """Runs a batch along both routes; boxes alone are kept of what it finds, as masks of a data set fill the memory.
 
     Args:
         detector: in eval mode, with a router.
@@ -101,11 +101,11 @@ def go_both_ways(detector: CascadeDetector, static: StaticCosts, batch: Batch) -
     def along(route: Route) -> list[Detections]:
         detections, routes = detector.detect_by(batch.images, route)
         macs = meter_batch(ComputeMeter(), static, routes, batch.images.sizes.tolist())
-        return [replace(item.to("cpu"), macs=spent) for item, spent in zip(detections, macs, strict=True)]
+        return [replace(item, masks=None, macs=spent).to("cpu") for item, spent in zip(detections, macs, strict=True)]
 
     seen, losses = detector.image_losses(batch.images, batch.targets)
     easiness = detector.easiness(detector.pooled(seen)).cpu()
-    targets = [target.to("cpu") for target in batch.targets]
+    targets = [replace(target, masks=None, segmentations=None).to("cpu") for target in batch.targets]
     differences = (losses[0] - losses[1]).cpu()
     return BothWays(easiness, along("first"), along("second"), targets, batch.images.sizes, differences)
 

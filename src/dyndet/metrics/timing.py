@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,6 +109,14 @@ def time_detections(
         for name, values in times.items():
             seconds[name].append(statistics.median(values))
     return {name: 1000 * statistics.fmean(values) for name, values in seconds.items()}
+
+
+def device_name(detector: Detector) -> str:
+    """Where a detector computes, for reports."""
+    device = next(detector.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def _wait(device: torch.device) -> None:

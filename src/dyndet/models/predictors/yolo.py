@@ -40,7 +40,8 @@ class YoloPredictor(nn.Module):
         obj_gain: of objectness, likewise, at 640 pixels.
         cls_gain: of classification, likewise, with 80 classes.
         balance: weight of every level in the objectness loss; None takes the published ones for 3 or 4 levels.
-        times_batch: losses are multiplied by the number of images, as published.
+        times_batch: losses are multiplied by the number of images in the batch, of all processes, as published. Where
+            batches accumulate, the trainer divides by their number: set this to the images of an optimizer step.
         assignment: "ota": objects choose among the candidates, see `yolo_assign.choose`; "candidates": every candidate
             is positive.
         anchor_ratio: an anchor is a candidate when its sides differ from the box's by less than this factor.
@@ -67,7 +68,7 @@ class YoloPredictor(nn.Module):
         obj_gain: float = 0.7,
         cls_gain: float = 0.3,
         balance: Sequence[float] | None = None,
-        times_batch: bool = True,
+        times_batch: bool | int = True,
         assignment: Literal["ota", "candidates"] = "ota",
         anchor_ratio: float = 4.0,
         topk: int = 10,
@@ -143,7 +144,9 @@ class YoloPredictor(nn.Module):
         ]
         box, obj, cls = (torch.stack(terms) for terms in zip(*each, strict=True))
         sums = {"box": box.sum(), "obj": (obj * obj.new_tensor(self.balance)).sum(), "cls": cls.sum()}
-        times = len(targets) * world_size() if self.times_batch else 1  # several processes average their gradients
+        times = self.times_batch or 1
+        if times is True:
+            times = len(targets) * world_size()  # several processes average their gradients
         return {name: value * self.gains[name] * times for name, value in sums.items()}
 
     @torch.no_grad()
