@@ -138,6 +138,14 @@ def test_building_a_detector_never_downloads(monkeypatch: pytest.MonkeyPatch) ->
         (["detector=two_stage"], ["predictor.rpn", "choose one that fits"]),
         (["predictor=faster_rcnn"], ["two stages", "detector=two_stage"]),
         (["neck=bifpn_small", "backbone.strides=[8,32]"], ["neck.num_levels", "backbone.strides"]),
+        (["neck=yolov7"], ["256, 512, 1024 channels", "this head", "neck=fpn"]),
+        (["neck=yolov7", "head=dyhead"], ["256, 512, 1024 channels", "this head"]),
+        (["neck=yolov7", "head=none"], ["256, 512, 1024 channels", "this predictor", "YOLO's predictors"]),
+        (
+            ["neck=yolov7", "head=none", "predictor=faster_rcnn_small", "detector=two_stage"],
+            ["256, 512, 1024 channels", "this predictor"],
+        ),
+        (["neck=yolov7", "head=none", "predictor=yolo_small", "+predictor.colour=1"], ["argument 'colour'"]),
     ],
 )
 def test_parts_that_do_not_fit_are_named(overrides: list[str], words: list[str]) -> None:

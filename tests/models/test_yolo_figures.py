@@ -212,6 +212,14 @@ def test_other_networks_take_any_size() -> None:
     assert static((50, 37), routed=False) != static((64, 64), routed=False)
 
 
+def test_the_neck_on_another_backbone() -> None:
+    parts = ["neck=yolov7", "neck.width=0.125", "neck.depth=0.5", "head=none", "predictor=yolo_small"]
+    detector = build_detector(None, parts)
+    assert detector.size_divisor == 32
+    assert detector.strides == [8, 16, 32]
+    assert len(detector.eval().detect([torch.zeros(3, 50, 37)])) == 1
+
+
 def test_a_divisor_below_the_stride_is_refused() -> None:
     parts = ["preprocess=yolo", "backbone=yolov7w6", "neck=yolov7w6", "head=none", "predictor=yolo_p6"]
     with torch.device("meta"):

@@ -29,6 +29,11 @@ class FeatureMaps(Protocol):
 
     strides: list[int]
 
+    @property
+    def channels(self) -> int | list[int]:
+        """C of every map, or one number for all."""
+        ...
+
     def __call__(self, inputs: Any) -> list[Tensor]: ...
 
 

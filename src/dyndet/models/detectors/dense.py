@@ -11,7 +11,7 @@ from dyndet.errors import UserError
 from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import FeatureMaps, Head, Predictor, RawMaps
-from dyndet.models.detectors.pyramid import PyramidDetector
+from dyndet.models.detectors.pyramid import PyramidDetector, fitted
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.predictors.per_image import image_losses
 from dyndet.models.preprocess import Preprocess
@@ -103,7 +103,7 @@ def assemble_dense(
         precision: see `DenseDetector`.
 
     Raises:
-        UserError: on a predictor that is no single part.
+        UserError: on a predictor that is no single part, and on a head or a predictor that does not fit the neck.
     """
     if not callable(predictor):
         raise UserError("this predictor has two stages: set detector=two_stage, or a dense predictor such as fcos")
@@ -112,8 +112,8 @@ def assemble_dense(
         preprocess=preprocess,
         backbone=backbone,
         neck=pyramid,
-        head=head(channels=pyramid.channels),
-        predictor=predictor(channels=pyramid.channels, strides=pyramid.strides),
+        head=fitted(head, "head", pyramid),
+        predictor=fitted(predictor, "predictor", pyramid, strides=pyramid.strides),
         budget=budget,
         precision=precision,
     )

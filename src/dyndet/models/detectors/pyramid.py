@@ -198,6 +198,25 @@ class PyramidDetector(Detector):
             return module(_cast(inputs, next(self.parameters()).dtype), *more)
 
 
+def fitted(part: Callable[..., Any], name: str, neck: FeatureMaps, **more: Any) -> Any:
+    """A part that waits for the pyramid's width, built.
+
+    Raises:
+        UserError: if the levels differ in width and the part wants one width for all.
+    """
+    channels = neck.channels
+    try:
+        return part(channels=channels, **more)
+    except TypeError as error:
+        if isinstance(channels, int):
+            raise
+        part(channels=channels[0], **more)  # another mistake comes up again
+        raise UserError(
+            f"this neck's levels are {', '.join(map(str, channels))} channels wide, but this {name} needs one width: set "
+            "neck=fpn or neck=bifpn, or head=none and one of YOLO's predictors"
+        ) from error
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import FeatureMaps, Head, RawMaps
-from dyndet.models.detectors.pyramid import PyramidDetector
+from dyndet.models.detectors.pyramid import PyramidDetector, fitted
 from dyndet.models.heads.none import NoHead
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.preprocess import Preprocess
@@ -165,15 +165,18 @@ def assemble_two_stage(
         predictor: called with `channels` and `strides`.
         budget: see `TwoStageDetector`.
         precision: see `TwoStageDetector`.
+
+    Raises:
+        UserError: on a head or a predictor that does not fit the neck.
     """
     pyramid = neck(in_channels=backbone.channels, in_strides=backbone.strides)
     return TwoStageDetector(
         preprocess=preprocess,
         backbone=backbone,
         neck=pyramid,
-        head=head(channels=pyramid.channels),
-        rpn=rpn(channels=pyramid.channels, strides=pyramid.strides),
-        predictor=predictor(channels=pyramid.channels, strides=pyramid.strides),
+        head=fitted(head, "head", pyramid),
+        rpn=fitted(rpn, "predictor", pyramid, strides=pyramid.strides),
+        predictor=fitted(predictor, "predictor", pyramid, strides=pyramid.strides),
         budget=budget,
         precision=precision,
     )
