@@ -212,8 +212,8 @@ def fitted(part: Callable[..., Any], name: str, neck: FeatureMaps, **more: Any) 
             raise
         part(channels=channels[0], **more)  # another mistake comes up again
         raise UserError(
-            f"this neck's levels are {', '.join(map(str, channels))} channels wide, but this {name} needs one width: set "
-            "neck=fpn or neck=bifpn, or head=none and one of YOLO's predictors"
+            f"this neck's levels are {', '.join(map(str, channels))} channels wide, but this {name} needs one width: "
+            "set neck=fpn or neck=bifpn, or head=none and one of YOLO's predictors"
         ) from error
 
 
