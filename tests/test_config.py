@@ -97,6 +97,27 @@ def test_lambda_is_the_published_one() -> None:
         assert config.head.activation.tau == 1.5 and config.head.openness == 0.99
 
 
+YOLO = ["yolov7", "yolov7x", "yolov7w6", "dy_yolov7", "dy_yolov7x", "dy_yolov7w6"]
+
+
+@pytest.fixture(scope="module")
+def on_coco() -> dict[str, DictConfig]:
+    composed = {name: compose_experiment(name) for name in EXPERIMENTS}
+    return {name: config for name, config in composed.items() if config.data.get("root") == "data/coco"}
+
+
+def test_yolo_trains_on_images_without_objects_as_well(on_coco: dict[str, DictConfig]) -> None:
+    assert set(YOLO) < set(on_coco)
+    for name, config in on_coco.items():
+        assert config.data.module.train.skip_empty == (name not in YOLO)
+        assert not config.data.module.val.get("skip_empty", False)
+    for data in ("voc", "yolo"):
+        for skip in (False, True):
+            config = compose_experiment("yolov7", [f"data={data}", f"data.skip_empty={skip}"])
+            assert config.data.module.train.skip_empty is skip
+    assert "skip_empty" not in compose_experiment("yolov7", ["data=shapes"]).data.module.train
+
+
 @pytest.mark.parametrize(
     ("experiment", "overrides", "words"),
     [

@@ -54,6 +54,12 @@ def test_splits_agree_on_classes_and_image_ids(tmp_path: Path) -> None:
     assert train[0].target.boxes.shape == (0, 4)
 
 
+def test_images_without_objects_can_be_left_out(tmp_path: Path) -> None:
+    root = write(tmp_path, PAGES, SPLITS)
+    assert [len(VocDataset(root, skip_empty=skip)) for skip in (False, True)] == [2, 1]
+    assert VocDataset(root, skip_empty=True)[0].target.image_id == 2  # ids stay
+
+
 def test_difficult_objects_are_crowd_or_left_out(tmp_path: Path) -> None:
     root = write(tmp_path, PAGES, SPLITS)
     assert VocDataset(root)[1].target.crowd.tolist() == [False, True]

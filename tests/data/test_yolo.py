@@ -38,6 +38,7 @@ def test_boxes_labels_and_ids(tmp_path: Path) -> None:
     assert not target.crowd.any()
     assert [len(dataset[i].target.boxes) for i in range(3)] == [0, 2, 0]  # no label file, and an empty one: negatives
     assert dataset.sizes == [(50, 100)] * 3
+    assert [record.image_id for record in YoloDataset(tmp_path / "data.yaml", skip_empty=True).records] == [2]
 
 
 def test_names_as_mapping_may_have_gaps(tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ class CocoDataset(FileDataset):
             ]
         except KeyError as error:
             raise DataError(f"{file} has an entry without {error}: see cocodataset.org/#format-data") from error
-        if skip_empty:
-            records = [record for record in records if not record.is_empty]
-        super().__init__(records, categories, load_masks=load_masks, repairs=repairs, source=file)
+        super().__init__(
+            records, categories, load_masks=load_masks, skip_empty=skip_empty, repairs=repairs, source=file
+        )
 
 
 def _load(file: Path) -> Entry:

@@ -178,6 +178,7 @@ class FileDataset:
         records: one per image, in dataset order.
         categories: label k is `categories[k]`.
         load_masks: whether targets carry (N, H, W) masks; every record needs segmentations then.
+        skip_empty: leaves out images without a box that trains.
         repairs: what was mended while the records were made; a summary is logged as one warning.
         source: where the annotations came from, for messages.
 
@@ -192,9 +193,11 @@ class FileDataset:
         categories: Sequence[Category],
         *,
         load_masks: bool = False,
+        skip_empty: bool = False,
         repairs: Repairs | None = None,
         source: str | Path = "the dataset",
     ) -> None:
+        records = [record for record in records if not (skip_empty and record.is_empty)]
         if not records:
             raise DataError(f"{source} has no images: check the split, the file, and skip_empty")
         image_id, uses = Counter(record.image_id for record in records).most_common(1)[0]
@@ -203,7 +206,7 @@ class FileDataset:
         if load_masks and any(record.segmentations is None for record in records):
             raise DataError(f"{source} has images without segmentations: set load_masks=false")
         _check_size(records[0], image_size(records[0].path))
-        self.records = list(records)
+        self.records = records
         self.categories = list(categories)
         self.sizes = [record.size for record in self.records]
         self.load_masks = load_masks

@@ -32,6 +32,7 @@ class VocDataset(FileDataset):
         keep_difficult: keeps objects marked difficult as crowd, which never trains and is ignored by the evaluation
             (the nearest to VOC, where a difficult object absorbs one detection, not several); otherwise they are
             left out.
+        skip_empty: leaves out images without a box that trains.
 
     Raises:
         DataError: if a file is missing, malformed or dangerous, or an image has another size than its xml says.
@@ -45,6 +46,7 @@ class VocDataset(FileDataset):
         split: str = "train",
         classes: Sequence[str] | None = None,
         keep_difficult: bool = True,
+        skip_empty: bool = False,
     ) -> None:
         root = Path(root)
         listing, stems = _stems(root, split)
@@ -64,7 +66,7 @@ class VocDataset(FileDataset):
         repairs = Repairs()
         records = [_record(root, pages[stem], ranks[stem], labels, keep_difficult, repairs) for stem in stems]
         categories = [Category(id, name) for id, name in enumerate(names, start=1)]
-        super().__init__(records, categories, repairs=repairs, source=listing)
+        super().__init__(records, categories, skip_empty=skip_empty, repairs=repairs, source=listing)
 
 
 @dataclass(frozen=True, slots=True)

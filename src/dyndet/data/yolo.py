@@ -27,6 +27,7 @@ class YoloDataset(FileDataset):
         split: key of the yaml that names a folder of images, a text file listing images, or several of these.
         root: folder that the splits start from; None takes the yaml's `path`, which must lie beside or below the yaml.
         load_masks: whether targets carry (N, H, W) masks; every object needs a polygon then.
+        skip_empty: leaves out images without a box that trains.
 
     Raises:
         DataError: if a file is missing, malformed or outside of the root, or no image of the split has labels.
@@ -40,6 +41,7 @@ class YoloDataset(FileDataset):
         split: str = "train",
         root: str | Path | None = None,
         load_masks: bool = False,
+        skip_empty: bool = False,
     ) -> None:
         config = Path(config)
         content = _load(config)
@@ -56,7 +58,10 @@ class YoloDataset(FileDataset):
         records = [
             _record(image, file, rank, labels, load_masks, repairs) for rank, (image, file) in enumerate(pairs, start=1)
         ]
-        super().__init__(records, categories, load_masks=load_masks, repairs=repairs, source=f"{config} ({split})")
+        source = f"{config} ({split})"
+        super().__init__(
+            records, categories, load_masks=load_masks, skip_empty=skip_empty, repairs=repairs, source=source
+        )
 
 
 def _load(config: Path) -> dict[str, Any]:
