@@ -117,6 +117,19 @@ def test_what_runs_on_coco_share(experiment: str) -> None:
     assert not config.data.module.val.get("skip_empty", False)
 
 
+@pytest.mark.parametrize(("experiment", "images"), [("yolov7", 16), ("dy_yolov7x", 16), ("dy_yolov7w6", 4)])
+def test_yolo_is_evaluated_in_smaller_batches(experiment: str, images: int) -> None:
+    module = build(composed(experiment).data.module)
+    assert (module.batch_size, module.val_batch_size) == (128, images)
+
+
+@pytest.mark.parametrize("data", ["coco", "voc", "yolo", "shapes", "bccd"])
+def test_evaluation_has_a_batch_size_of_its_own(data: str) -> None:
+    for change, images in (([], 6), (["data.val_batch_size=2"], 2)):
+        module = build(compose_experiment(None, [f"data={data}", "data.batch_size=6", *change]).data.module)
+        assert (module.batch_size, module.val_batch_size) == (6, images)
+
+
 def test_any_data_may_leave_out_images_without_objects() -> None:
     for data in ("voc", "yolo"):
         for skip in (False, True):

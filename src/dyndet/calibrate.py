@@ -42,6 +42,8 @@ from dyndet.structures import ImageBatch
 def calibrate(config: DictConfig) -> Calibration:
     """Measures, prints, and stores."""
     saved = read_checkpoint(config.ckpt)
+    if config.data.batch_size is not None:
+        saved.config.data.val_batch_size = None  # there is one batch size here
     fill(saved.config.data, config.data, "data")
     if config.images is not None:
         saved.config.data.max_val = config.images

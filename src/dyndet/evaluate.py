@@ -37,6 +37,8 @@ from dyndet.speed import cascade_settings
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Validates a checkpoint on its data and returns the metrics, as training would have printed them."""
     saved = read_checkpoint(config.ckpt)
+    if config.data.batch_size is not None:
+        saved.config.data.val_batch_size = None  # there is one batch size here
     fill(saved.config.data, config.data, "data")
     data = build(saved.config.data.module)
     data.setup("validate")
