@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-from math import ceil
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dyndet.data.letterbox import Letterbox, rectangular_shape
+from dyndet.data.letterbox import Letterbox
 from dyndet.errors import UserError
 from dyndet.structures import Sample, Target
 
@@ -47,43 +43,15 @@ def test_the_odd_pixel_lies_at_the_bottom_and_right() -> None:
         assert turned.target.boxes[0, 0] == round(border / 2 - 0.1)
 
 
-def test_options() -> None:
+def test_fill_and_nothing_to_fill() -> None:
     small = sample(21, 40, (0, 0, 40, 21))
-    assert Letterbox(80, enlarge=False)(small, NONE).target.boxes.tolist() == [[20, 29, 60, 50]]
-    assert Letterbox(80, centre=False)(small, NONE).target.boxes.tolist() == [[0, 0, 80, 42]]
-    assert Letterbox(20, enlarge=False)(small, NONE).image.shape == (3, 20, 20)
-    assert Letterbox(80, stride=32)(small, NONE).image.shape == (3, 64, 96)
-    assert Letterbox(80, stride=32, fill=7)(small, NONE).image[:, :11].unique().tolist() == [7]
+    assert Letterbox(80, fill=7)(small, NONE).image[:, :19].unique().tolist() == [7]
+    assert Letterbox(20)(small, NONE).image.shape == (3, 20, 20)
     whole = sample(64, 64, (0, 0, 64, 64))
     assert torch.equal(Letterbox(64)(whole, NONE).image, whole.image)
 
 
-@pytest.mark.parametrize(
-    ("image", "canvas"),
-    [((480, 640), (512, 672)), ((427, 640), (448, 672)), ((1080, 1920), (384, 672)), ((640, 640), (672, 672))],
-)
-def test_published_canvases(image: tuple[int, int], canvas: tuple[int, int]) -> None:
-    assert rectangular_shape([image], 640, 32) == canvas
-    assert rectangular_shape([image[::-1]], 640, 32) == canvas[::-1]
-
-
-def test_a_batch_shares_a_canvas() -> None:
-    assert rectangular_shape([(480, 640), (427, 640), (1080, 1920)], 640, 32) == (512, 672)
-    assert rectangular_shape([(480, 640), (640, 427)], 640, 32) == (672, 672)
-    assert rectangular_shape([(720, 1280)], 1280, 64) == (768, 1344)  # 11.75 and 20.5 strides
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1300), st.sampled_from([8, 32, 64]))
-def test_canvases_hold_the_image_with_half_a_stride_to_spare(height: int, width: int, size: int, stride: int) -> None:
-    for side, length in zip((height, width), rectangular_shape([(height, width)], size, stride), strict=True):
-        share = side * size / max(height, width) / stride
-        assert length % stride == 0
-        assert length / stride in (ceil(share + 0.5 - 1e-9), ceil(share + 0.5 + 1e-9))
-    # Nothing to spare: the least multiple of the stride.
-    assert rectangular_shape([(height, height)], 8 * stride, stride, extra=0) == (8 * stride, 8 * stride)
-
-
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"size": 8, "stride": 0}, {"size": 8, "fill": 256}])
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"size": 8, "fill": 256}])
 def test_wrong_arguments(wrong: dict[str, int]) -> None:
     with pytest.raises(UserError):
         Letterbox(**wrong)  # pyright: ignore[reportArgumentType]
