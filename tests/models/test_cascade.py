@@ -8,14 +8,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from dyndet.api import build_detector
+from dyndet.config import compose_experiment
 from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.models.backbone import TimmBackbone
-from dyndet.models.cascade.links import CompositeLinks, JointLink, NormLink, ResidualLink, run_linked
+from dyndet.models.cascade.links import CompositeLinks, NormLink, RandomLink, ResidualLink, run_linked
 from dyndet.models.cascade.router import Router
 from dyndet.models.detectors.cascade import CascadeDetector
 from dyndet.models.stages import run_stages
@@ -207,7 +209,7 @@ def test_losses_of_single_images() -> None:
 def test_links_follow_the_equation() -> None:
     """x_l + sum over k >= l of up(W_kl F_k), against loops in float64."""
     torch.manual_seed(0)
-    links = CompositeLinks([4, 6, 8], [3, 5, 7], first=0, link=JointLink).double()
+    links = CompositeLinks([4, 6, 8], [3, 5, 7], first=0, link=RandomLink).double()
     sources = [torch.randn(1, c, s, s, dtype=torch.float64) for c, s in ((4, 8), (6, 4), (8, 2))]
     added = links(sources)
     offsets = [[0], [0, 3], [0, 3, 8]]
@@ -218,6 +220,14 @@ def test_links_follow_the_equation() -> None:
             rows = slice(offsets[k][stage], offsets[k][stage] + width)
             expected = torch.einsum("oc,bchw->bohw", conv.weight[rows, :, 0, 0], sources[k])  # type: ignore[index]
             torch.testing.assert_close(added[stage][index], expected + conv.bias[rows, None, None])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("experiment", "zero"), [("bccd_dy_plain", True), ("dy_fcos_r50_dyhead", True),
+    ("dy_yolov7", False), ("dy_yolov7x", False), ("dy_yolov7w6", False)])  # fmt: skip
+def test_links_start_at_zero_where_backbones_come_trained(experiment: str, zero: bool) -> None:
+    config = compose_experiment(experiment)
+    links = instantiate(config.detector.link)(in_channels=4, out_channels=[2, 3])(torch.ones(1, 4, 1, 1))
+    assert all((link == 0).all() == zero for link in links)
 
 
 class Halving(nn.Module):

@@ -46,16 +46,29 @@ class CompositeLinks(nn.Module):
 
 
 class JointLink(nn.Module):
-    """One 1x1 convolution with bias for all stages that read a source (DynamicDet's YOLO)."""
+    """One 1x1 convolution with bias for all stages that read a source (DynamicDet's YOLO).
+
+    It starts at zero, so that a second backbone with trained weights starts as what it is.
+    """
 
     def __init__(self, in_channels: int, out_channels: Sequence[int]) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, sum(out_channels), 1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
         self.out_channels = list(out_channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, C, H, W) -> a map for every stage."""
         return list(self.conv(x).split(self.out_channels, 1))
+
+
+class RandomLink(JointLink):
+    """A `JointLink` that starts at random: as published, for two backbones that start at random as well."""
+
+    def __init__(self, in_channels: int, out_channels: Sequence[int]) -> None:
+        super().__init__(in_channels, out_channels)
+        self.conv.reset_parameters()
 
 
 class NormLink(nn.Module):
