@@ -39,6 +39,8 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
     _check_order()
     if "router" not in inspect.signature(get_method(config.detector._target_)).parameters:
         raise UserError("only a cascade has a router to train: choose an experiment with detector=cascade")
+    if "weights" in config.backbone:
+        config.backbone.weights = "none"  # they come from the checkpoint
     detector: CascadeDetector = build(config.detector)
     load_detectors(detector, config.init, data)
     lessons = None

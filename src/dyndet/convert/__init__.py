@@ -1,8 +1,8 @@
 """Released checkpoints -> ours: mmdetection, detectron2 (the DyHead authors), cvpods (the fine-grained head's authors),
-DynamicDet and YOLOv7.
+CBNetV2, DynamicDet and YOLOv7.
 
-What a source's tensors are called and how a release is recognised is in `mmdet.py`, `detectron2.py`, `cvpods.py` and
-`dynamicdet.py`; `engine.py` applies such a table and accounts for every tensor.
+What a source's tensors are called and how a release is recognised is in `mmdet.py`, `cbnet.py`, `detectron2.py`,
+`cvpods.py` and `dynamicdet.py`; `engine.py` applies such a table and accounts for every tensor.
 """
 
 from __future__ import annotations

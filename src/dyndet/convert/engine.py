@@ -24,12 +24,14 @@ class Rule:
             keeps as single numbers. None leaves the tensor out.
         transform: changes the values on the way.
         reason: why it is left out.
+        copy: our second name for a part that two detectors share.
     """
 
     pattern: str
     target: str | None
     transform: Transform | None = None
     reason: str = ""
+    copy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,15 @@ def apply_rules(
     pieces: dict[str, dict[int, Tensor]] = {}
     left_over: list[str] = []
     for name, tensor in weights.items():
-        rule, target = _first(rules, name)
+        rule, target, copy = _first(rules, name)
         if rule is None:
             left_over.append(name)
         elif target is None:
             report.unused[name] = rule.reason
         else:
             value = rule.transform(tensor) if rule.transform else tensor
+            if copy is not None:
+                found[copy] = value
             vector, index = _indexed(target)
             if vector not in expected or vector in found or index in pieces.get(vector, {}):
                 left_over.append(name)
@@ -121,12 +125,13 @@ def apply_rules(
     return {name: found[name].to(like.dtype) for name, like in expected.items()}, report
 
 
-def _first(rules: Iterable[Rule], name: str) -> tuple[Rule | None, str | None]:
+def _first(rules: Iterable[Rule], name: str) -> tuple[Rule | None, str | None, str | None]:
     for rule in rules:
         match = re.fullmatch(rule.pattern, name)
         if match:
-            return rule, None if rule.target is None else match.expand(rule.target)
-    return None, None
+            target, copy = (None if ours is None else match.expand(ours) for ours in (rule.target, rule.copy))
+            return rule, target, copy
+    return None, None, None
 
 
 def _indexed(target: str) -> tuple[str, int | None]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dyndet.config import build, compose_experiment
-from dyndet.convert import cvpods, detectron2, dynamicdet, mmdet
+from dyndet.convert import cbnet, cvpods, detectron2, dynamicdet, mmdet
 from dyndet.convert.coco import categories_for
 from dyndet.convert.engine import Report, apply_rules
 from dyndet.convert.read import Source, read_source
@@ -21,7 +21,7 @@ from dyndet.convert.recipe import FILLS, Recipe
 from dyndet.errors import UserError
 from dyndet.structures import Category
 
-SOURCES = (mmdet, cvpods, detectron2, dynamicdet)
+SOURCES = (cbnet, mmdet, cvpods, detectron2, dynamicdet)
 """In the order in which they are asked whether a file is theirs."""
 
 _ABSENT = object()
@@ -72,7 +72,7 @@ def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = Fa
     """Reads a released checkpoint.
 
     Args:
-        path: a file of mmdetection, detectron2, cvpods, DynamicDet or YOLOv7.
+        path: a file of mmdetection, CBNetV2, detectron2, cvpods, DynamicDet or YOLOv7.
         experiment: a name under `conf/experiment`; "auto" takes what the tensors and the file's meta data say.
         trust: see `read_source`.
 

@@ -115,7 +115,7 @@ class TimmBackbone(nn.Module):
         return channels if is_swin(self.body) else [3, *channels[:-1]]
 
     def stages(self) -> list[Stage]:
-        """As of `StagedBackbone`. Links add to a stage's input, of Swin after it was halved."""
+        """As of `StagedBackbone`. Links add to a stage's input, after its halving in Swin and max pooling."""
         halving = is_swin(self.body)
         stages = []
         for index, modules in enumerate(timm_stages(self.body)):
@@ -126,7 +126,8 @@ class TimmBackbone(nn.Module):
                 block: Any = layers[0]
                 stages.append(Stage(partial(self._run, [block.downsample]), partial(self._run, [block.blocks])))
             else:
-                stages.append(Stage(nn.Identity(), partial(self._run, layers)))
+                pools = int(isinstance(layers[0], nn.MaxPool2d))
+                stages.append(Stage(partial(self._run, layers[:pools]), partial(self._run, layers[pools:])))
         return stages
 
     def drop_stages(self, count: int) -> None:
