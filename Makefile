@@ -34,13 +34,13 @@ types: $(READY)  ## pyright
 
 bench: $(READY)  ## dense against sparse execution on this CPU, checked against the goals
 	rm -f outputs/bench_cpu.jsonl
-	$(BIN)/python scripts/bench_sparse.py --suite cpu --json outputs/bench_cpu.jsonl $(ARGS)
-	$(BIN)/python scripts/check_goals.py outputs/bench_cpu.jsonl
+	$(BIN)/python scripts/bench_sparse.py --suite cpu --json outputs/bench_cpu.jsonl $(ARGS); measured=$$?; \
+	$(BIN)/python scripts/check_goals.py outputs/bench_cpu.jsonl && exit $$measured
 
 bench-gpu: $(READY)  ## the same on a GPU
 	rm -f outputs/bench_gpu.jsonl
-	$(BIN)/python scripts/bench_sparse.py --suite gpu --json outputs/bench_gpu.jsonl $(ARGS)
-	$(BIN)/python scripts/check_goals.py outputs/bench_gpu.jsonl
+	$(BIN)/python scripts/bench_sparse.py --suite gpu --json outputs/bench_gpu.jsonl $(ARGS); measured=$$?; \
+	$(BIN)/python scripts/check_goals.py outputs/bench_gpu.jsonl && exit $$measured
 
 kernels: $(READY)  ## compile the Triton kernels for sm_80 and sm_90 (no GPU needed) and print their resources
 	$(BIN)/python scripts/compile_kernels.py --sm 80 90

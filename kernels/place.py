@@ -165,7 +165,7 @@ def place_backward(
     return residual_grad, x_grad, weight_grad, bias_grad, gate_grad
 
 
-@triton.jit(do_not_specialize=["eps", "total"])
+@triton.jit(do_not_specialize=["eps", "total"], do_not_specialize_on_alignment=["gate"])
 def gated_rows(
     x,
     weight,

@@ -118,7 +118,7 @@ def positive(gate, index, inside):
     return value > 0
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["gate"])
 def mark(gate, valid, neighbours, marks, counts, total, stride, reaches: tl.constexpr, block: tl.constexpr):
     which = tl.program_id(1)
     position = tl.program_id(0) * block + tl.arange(0, block)

@@ -8,10 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when kernels are first imported, wherever that is
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton interprets kernels on the CPU, unless a GPU is asked for (`-m gpu`), where it compiles them.
+
+    It decides when kernels are first imported, wherever that is.
+    """
+    on_gpu = torch.cuda.is_available() and config.option.markexpr == "gpu"
+    os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kernels that are compiled are tested on the GPU, too; what only a GPU can show is skipped elsewhere."""
+    compiled = os.environ["TRITON_INTERPRET"] == "0"
+    for item in items:
+        if compiled and "kernels" in item.path.parts:
+            item.add_marker("gpu")
+        elif not compiled and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyndet.models.heads.fine_grained import FineGrainedHead
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 SHAPES = [(25, 42), (13, 21), (7, 11)]
 
 
@@ -43,7 +43,8 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("norm_stats", ["active", "position"])
-def test_kernels_equal_the_dense_execution(norm_stats: str) -> None:
+def test_kernels_equal_the_dense_execution(norm_stats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as the kernels
     features = pyramid()
     with torch.no_grad():
         sparse, dense = (head(norm_stats, impl)(features) for impl in ("triton", "dense"))
@@ -65,6 +66,7 @@ def test_a_graph_replays_the_head_on_other_masks(norm_stats: str) -> None:
     module, static = head(norm_stats), pyramid()
     stream = torch.cuda.Stream()
     with torch.no_grad():
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             module(static)
         torch.cuda.current_stream().wait_stream(stream)

@@ -55,9 +55,8 @@ def test_variants_are_right(mode: str, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("mode", ["conv", "train"])
 def test_kernels_are_right(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """On a GPU, or interpreted."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert smoke("--mode", mode, "--density", "20", "--impl", "triton", "--device", device) == 0
+    """Interpreted."""
+    assert smoke("--mode", mode, "--density", "20", "--impl", "triton") == 0
     assert "| triton |" in capsys.readouterr().out
 
 

@@ -47,6 +47,6 @@ def masked_conv(
         outputs = F.conv2d(inputs, weight, bias, padding=1)
         return outputs if density == 1 else outputs * mask
     layout = RowLayout.of([inputs])
-    (plan,) = make_plans(layout.flat([mask]), layout, impl=how)
+    (plan,) = make_plans(layout.flat([mask]), layout, expected=density, impl=how)
     rows = conv_rows(layout.rows([inputs]), weight, bias, source=whole_plan(layout), target=plan, impl=how)
     return layout.maps(scatter_rows(rows, plan))[0]

@@ -27,7 +27,9 @@ def masked_group_norm(
         (B, C, H, W), zero where the mask is not set; all zero for an image without active positions.
     """
     if mask is None:
-        return F.group_norm(inputs, num_groups, weight, bias, eps)
+        outputs = F.group_norm(inputs, num_groups, weight, bias, eps)
+        last = torch.channels_last  # some versions of torch leave this layout on CUDA, and convolutions then suffer
+        return outputs.contiguous(memory_format=last) if inputs.is_contiguous(memory_format=last) else outputs
     batch, channels, height, width = inputs.shape
     active = mask.float()
     # Statistics in float32, in two passes: E[x^2] - E[x]^2 cancels when the mean is large.

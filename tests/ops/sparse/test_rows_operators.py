@@ -20,7 +20,9 @@ from dyndet.ops.sparse import (
     place_rows,
     whole_plan,
 )
-from dyndet.ops.sparse.execute import logits as execute_logits
+from dyndet.ops.sparse import (
+    logits as logits_module,
+)
 
 SHAPES = ((5, 4), (3, 2))
 
@@ -94,11 +96,11 @@ def test_logit_rows(kernel: int) -> None:
     torch.library.opcheck(torch.ops.dyndet.logit_rows.default, arguments, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("way", ["by_level", "by_index"])
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("used", ["both", "logits", "rows"])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_logits_against_torch(kernel: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for both in ("by_level", "by_level_backward"):  # what the CPU takes; a GPU takes the other
-        monkeypatch.setattr(execute_logits, both, getattr(execute_logits, both.replace("by_level", way)))
+def test_logits_against_torch(kernel: int, used: str, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_module, "ordinary", lambda _: direct)
     torch.manual_seed(0)
     maps = [torch.randn(2, 3, *shape, dtype=torch.float64) for shape in SHAPES]
     layout = RowLayout.of(maps)
@@ -108,14 +110,24 @@ def test_logits_against_torch(kernel: int, way: str, monkeypatch: pytest.MonkeyP
         weight = torch.linspace(-1, 1, 2 * 3 * kernel**2, dtype=torch.float64).view(2, 3, kernel, kernel)
         weight.requires_grad_()
         if by_rows:
-            out = logit_rows(rows, weight, layout)
+            out, again = logit_rows(rows, weight, layout)
         else:
+            again = rows
             levels = [F.conv2d(level, weight, padding=kernel // 2) for level in layout.maps(rows)]
             out = torch.stack([layout.flat([level[:, o] for level in levels]) for o in range(2)])
-        (out.square() * torch.arange(out.shape[1])).sum().backward()
-        results.append((out, rows.grad, weight.grad))
+        parts = {"logits": (out.square() * torch.arange(out.shape[1])).sum(), "rows": (again**3).sum()}
+        torch.stack([parts[name] for name in parts if used in (name, "both")]).sum().backward()
+        results.append((out, again, rows.grad, weight.grad if used != "rows" else out))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_logits_of_frozen_rows_leave_them_frozen() -> None:
+    s = setting()
+    weight = torch.randn(1, 4, 3, 3, requires_grad=True)
+    logits, again = logit_rows(s["rows"].detach(), weight, s["layout"])
+    assert logits.requires_grad
+    assert not again.requires_grad
 
 
 @pytest.mark.parametrize("shapes", [[(8, 6), (4, 3), (2, 2)], [(5, 5)], [(13, 21), (7, 11)]])

@@ -88,24 +88,28 @@ class FineGrainedNode(nn.Module):
     ) -> tuple[Tensor, list[PathGate], list[Work]]:
         """(P + 1, C) -> outputs of the same shape, the node's gates under the node's `name`, and the work done."""
         # Competing gates (softmax over paths) must all be decided on x; otherwise the depth gate waits for s.
-        gates = self._decide(("down", "up", "depth") if self.activation.joint else ("down", "up"), rows, layout, valid)
+        first = ("down", "up", "depth") if self.activation.joint else ("down", "up")
+        gates, rows = self._decide(first, rows, layout, valid)
         sparse_scale = self.norm_stats in ("active", "position")
         s, work_scale = self._scale_step(rows, gates["down"], gates["up"], layout, sparse_scale)
         if "depth" not in gates:
-            gates |= self._decide(("depth",), s, layout, valid)
+            last, s = self._decide(("depth",), s, layout, valid)
+            gates |= last
         sparse_depth = sparse_scale or (self.norm_stats == "published" and not self.training)
         inner, outer = self._plans(gates["depth"], layout, valid, (1, 0), sparse_depth)
         outputs, work_depth = self.depth.gated(s, gates["depth"], inner, outer, stats=self._stats, impl=self.impl)
         work = [replace(item, node=name) for item in (*work_scale, *work_depth)]
         return outputs, self._record(name, gates, layout, valid), work
 
-    def _decide(self, paths: Sequence[str], rows: Tensor, layout: RowLayout, valid: Tensor | None) -> dict[str, Tensor]:
-        """Gates (P,) of the paths; an ungated path is fully open. Padding is closed."""
+    def _decide(
+        self, paths: Sequence[str], rows: Tensor, layout: RowLayout, valid: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gates (P,) of the paths; an ungated path is fully open. Padding is closed. And the rows to go on with."""
         decided = [path for path in paths if path in self.gates]
         gates: dict[str, Tensor] = {}
         if decided:
             convs = [cast(GateConv, self.gates[path]) for path in decided]
-            logits = gate_logits(convs, rows, layout, valid)
+            logits, rows = gate_logits(convs, rows, layout, valid)
             if valid is not None:  # a softmax over positions must not spend on padding
                 logits = logits.masked_fill(~valid, _CLOSED)
             opened = self.activation(logits, layout)
@@ -115,7 +119,7 @@ class FineGrainedNode(nn.Module):
         for path in paths:
             gate = gates[path] if path in gates else rows.new_ones(layout.positions, dtype=torch.float32)
             gates[path] = gate if valid is None else gate * valid
-        return gates
+        return gates, rows
 
     def _plans(
         self, gate: Tensor, layout: RowLayout, valid: Tensor | None, reaches: Sequence[int], sparse: bool

@@ -5,6 +5,7 @@ y = ReLU(x + gate * norm2(conv2(ReLU(norm1(conv1(x))))))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from dyndet.ops.sparse.conv import conv_rows, how_to_convolve
 from dyndet.ops.sparse.conv_norm import conv_norm_rows
 from dyndet.ops.sparse.direct import autocast_dtype, in_one_piece
-from dyndet.ops.sparse.execute import dense, gather
+from dyndet.ops.sparse.execute import dense, gather, whole
 from dyndet.ops.sparse.execute.norm import Stats, norm, norm_backward
 from dyndet.ops.sparse.execute.place import place, place_backward
 from dyndet.ops.sparse.impl import Impl
@@ -41,10 +42,12 @@ def depth_rows(
     Returns:
         (P + 1, C), the last row zero.
     """
+    x = x.to(autocast_dtype(x))
     if in_one_piece(x, impl):
-        x = x.to(autocast_dtype(x))
         tensors = [value for part in (first, second) for value in (part.to(x.dtype).weight, part.scale, part.shift)]
         how = [how_to_convolve(impl, plan, x, first.weight) for plan in (inner, outer)]
+        if outer.whole and how == ["dense", "dense"]:
+            return _WholeDepthStep.apply(x, gate, *tensors, (first, second), outer.layout, stats)
         return _DepthStep.apply(x, gate, *tensors, (first, second), (inner, outer), how, stats)
     hidden = conv_norm_rows(
         x, first.weight, first.groups, first.scale, first.shift, source=whole_plan(inner.layout), target=inner,
@@ -99,6 +102,36 @@ class _DepthStep(torch.autograd.Function):
         )
         _, of_w1 = _conv_backward(of_conv1, x, w1, index1, whole_plan(inner.layout), inner, grad)
         return grad, of_gate, of_w1, *of_norm1, of_w2, *of_norm2, *[None] * 4
+
+
+class _WholeDepthStep(torch.autograd.Function):
+    """The block in one piece where every position is computed; see `execute.whole`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, *rest: Any) -> Tensor:
+        *tensors, (first, second), layout, stats = rest
+        parts = _parts(tensors, first, second)
+        y, states = whole.depth(x, *parts, gate, layout, stats)
+        ctx.save_for_backward(x, y, gate, *tensors, *states)
+        ctx.rest = first, second, layout, stats
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, y, gate, *saved = ctx.saved_tensors
+        first, second, layout, stats = ctx.rest
+        parts = _parts(saved[:6], first, second)
+        of_x, of_gate, of_parts = whole.depth_backward(grads[0], x, y, *parts, gate, layout, saved[6:], stats)
+        return of_x, of_gate, *of_parts, None, None, None
+
+
+def _parts(tensors: Sequence[Tensor], first: ConvNorm, second: ConvNorm) -> tuple[ConvNorm, ConvNorm]:
+    """Both parts with these weights, scales and shifts."""
+    w1, scale1, shift1, w2, scale2, shift2 = tensors
+    return (
+        first._replace(weight=w1, scale=scale1, shift=shift1),
+        second._replace(weight=w2, scale=scale2, shift=shift2),
+    )
 
 
 def _index(source: Plan, target: Plan, how: Impl) -> Tensor | None:

@@ -44,17 +44,18 @@ def direct(registered: Any, forward: Function, setup: Function, backward: Functi
             return backward(ctx, *grads)
 
     def call(first: Tensor, *args: Any) -> Any:
-        return Direct.apply(first, *args) if _ordinary(first) else registered(first, *args)
+        return Direct.apply(first, *args) if ordinary(first) else registered(first, *args)
 
     return call
 
 
 def in_one_piece(x: Tensor, impl: Impl) -> bool:
     """Whether several operators on `x` may run as one function, because nobody needs to see them one by one."""
-    return _ordinary(x) and not triton.chosen(impl, x.device)
+    return ordinary(x) and not triton.chosen(impl, x.device)
 
 
-def _ordinary(x: Tensor) -> bool:
+def ordinary(x: Tensor) -> bool:
+    """Whether nobody needs to see operators on `x`: it holds values, is no subclass, and nothing is being compiled."""
     return type(x) in (Tensor, nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
 
 

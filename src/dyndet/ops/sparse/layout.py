@@ -97,6 +97,14 @@ class RowLayout:
         return _neighbours(self)
 
     @property
+    def neighbours_by_tap(self) -> tuple[Tensor, Tensor]:
+        """Int32 (9 P,) twice. Into values that lie tap by tap, (9, P + 1): for every tap and position, the place where
+        its neighbour keeps what it holds for this tap. Into one value per position, (P + 1,): the neighbour on the
+        opposite side.
+        """
+        return _neighbours_by_tap(self)
+
+    @property
     def segment(self) -> Tensor:
         """Int32 (P,): the segment of every position."""
         return _segment(self)
@@ -129,6 +137,14 @@ def _neighbours(layout: RowLayout) -> Tensor:
         taps = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
         tables.append(torch.stack(taps, -1).view(-1, 9))
     return torch.cat(tables)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _neighbours_by_tap(layout: RowLayout) -> tuple[Tensor, Tensor]:
+    taps = layout.neighbours.t()
+    first = torch.arange(9, dtype=torch.int32, device=layout.device)[:, None] * (layout.positions + 1)
+    return (taps + first).reshape(-1), taps.flip(0).reshape(-1)
 
 
 @lru_cache(maxsize=8)

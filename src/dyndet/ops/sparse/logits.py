@@ -8,29 +8,52 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dyndet.ops.sparse.direct import autocast_dtype, direct
+from dyndet.ops.sparse.direct import autocast_dtype, ordinary
 from dyndet.ops.sparse.execute import logits as execute
 from dyndet.ops.sparse.layout import RowLayout, from_sizes
 
 
-def logit_rows(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
+def logit_rows(x: Tensor, weight: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
     """Same-size convolution of map rows to a few channels.
 
     Args:
-        x: (P + 1, C) rows of the map.
+        x: (P + 1, C) rows of the map, the last one zero.
         weight: (O, C, k, k), k = 1 or 3.
         layout: of the rows.
 
     Returns:
-        (O, P), at least float32.
+        (O, P), at least float32; and the rows again, in the type of autocast. Who goes on with these saves a pass over
+        the map in the backward direction: their gradient and that of the logits meet inside one product.
     """
     dtype = autocast_dtype(x)
-    return _logit_rows(x.to(dtype), weight.to(dtype), layout.sizes, layout.batch)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if ordinary(x):
+        logits, again = _Logits.apply(x, weight, layout)
+        return logits, again if x.requires_grad else x
+    return _registered(x, weight, layout.sizes, layout.batch), x
+
+
+class _Logits(torch.autograd.Function):
+    """Logits and the rows they were taken of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.layout = layout
+        ctx.set_materialize_grads(False)
+        return execute.logits(x, weight, layout), x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        of_logits, of_x = grads
+        if of_logits is None:
+            return of_x, None, None
+        x, weight = ctx.saved_tensors
+        return *execute.logits_backward(of_logits, x, weight, ctx.layout, of_x), None
 
 
 def _forward(x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> Tensor:
-    run = execute.by_index if x.is_cuda else execute.by_level
-    return run(x, weight, from_sizes(sizes, batch, x.device))
+    return execute.logits(x, weight, from_sizes(sizes, batch, x.device))
 
 
 _registered = torch.library.custom_op("dyndet::logit_rows", _forward, mutates_args=())
@@ -43,8 +66,7 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight."""
-    run = execute.by_index_backward if x.is_cuda else execute.by_level_backward
-    return run(grad, x, weight, from_sizes(sizes, batch, x.device))
+    return execute.logits_backward(grad, x, weight, from_sizes(sizes, batch, x.device))
 
 
 _registered_gradient = torch.library.custom_op("dyndet::logit_rows_backward", _gradient, mutates_args=())
@@ -61,12 +83,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradient = _gradient if getattr(ctx, "direct", False) else _registered_gradient
-    return *gradient(grad, *ctx.saved_tensors, *ctx.rest), None, None
+    return *_registered_gradient(grad, *ctx.saved_tensors, *ctx.rest), None, None
 
 
 _registered.register_autograd(_backward, setup_context=_setup)
-_logit_rows = direct(_registered, _forward, _setup, _backward)
 
 
 @register_flop_formula(torch.ops.dyndet.logit_rows)

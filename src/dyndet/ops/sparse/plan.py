@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dyndet.ops.sparse.direct import ordinary
 from dyndet.ops.sparse.execute import triton
 from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.layout import RowLayout
@@ -97,22 +98,39 @@ def make_plans(
         One plan per reach.
     """
     if triton.chosen(impl, gate.device):
-        found = _plan_rows(gate, valid, layout.neighbours, layout.segment, layout.segments, list(reaches))
-        return [Plan(layout, *found[first : first + 3], expected=expected) for first in range(0, len(found), 3)]
+        arguments = gate, valid, layout.neighbours, layout.segment, layout.segments, list(reaches)
+        if ordinary(gate):
+            found = triton.kernels().plan(*arguments)
+        else:
+            flat = _plan_rows(*arguments)
+            found = [flat[first : first + 3] for first in range(0, len(flat), 3)]
+        return [
+            Plan(layout, *tensors, expected=_reached(expected, reach))
+            for tensors, reach in zip(found, reaches, strict=True)
+        ]
     if gate.is_meta:
         return [whole_plan(layout) for _ in reaches]
     if torch.compiler.is_compiling():
-        return [_static_plan(active, layout, expected) for active in _active(gate, layout, valid, reaches)]
+        masks = _active(gate, layout, valid, reaches)
+        return [
+            _static_plan(active, layout, _reached(expected, reach))
+            for active, reach in zip(masks, reaches, strict=True)
+        ]
     if valid is None and bool((gate > 0).all()):
         return [whole_plan(layout) for _ in reaches]
     return [_exact_plan(active, layout) for active in _active(gate, layout, valid, reaches)]
+
+
+def _reached(density: float | None, reach: int) -> float | None:
+    """The share of positions within `reach` of open gates, of compact ones: of 10 % about 22 %, of 30 % 56 %."""
+    return density if density is None or not reach else 1 - (1 - density) ** (1 + 1.3 * reach)
 
 
 @torch.library.custom_op("dyndet::plan_rows", mutates_args=())
 def _plan_rows(
     gate: Tensor, valid: Tensor | None, neighbours: Tensor, segment: Tensor, segments: int, reaches: list[int]
 ) -> list[Tensor]:
-    """By kernels: positions, inverse and offsets of every reach."""
+    """By kernels: positions, inverse and offsets of every reach; copies, as results of an operator must not overlap."""
     plans = triton.kernels().plan(gate, valid, neighbours, segment, segments, reaches)
     return [tensor.clone() for plan in plans for tensor in plan]
 

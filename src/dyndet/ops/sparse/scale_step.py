@@ -44,8 +44,8 @@ def scale_rows(
     Returns:
         (P + 1, C), the last row zero.
     """
+    x = x.to(autocast_dtype(x))
     if in_one_piece(x, impl):
-        x = x.to(autocast_dtype(x))
         parts = down.to(x.dtype), up.to(x.dtype)
         tensors = [value for part, gate in zip(parts, gates, strict=True) for value in (*part[:4], gate)]
         return _ScaleStep.apply(x, own, weight, *tensors, plans, parts, stats)

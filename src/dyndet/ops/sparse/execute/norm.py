@@ -172,15 +172,16 @@ def _runs(bounds: Sequence[int]) -> list[Run]:
 
 
 def _maps(rows: Tensor, runs: Sequence[Run]) -> list[Tensor]:
-    """Every run as a channels-last (segments, C, n, 1) view."""
+    """Every run as (segments, C, n, 1): a channels-last view, or what GroupNorm takes elsewhere than on the CPU."""
     rows = rows.contiguous()
     channels, start = rows.shape[1], rows.storage_offset()
-    return [
+    maps = [
         rows.as_strided(
             (number, channels, length, 1), (length * channels, 1, channels, channels), start + first * channels
         )
         for _, number, first, length in runs
     ]
+    return maps if rows.device.type == "cpu" else [part.contiguous() for part in maps]
 
 
 def _rows(maps: Tensor) -> Tensor:
