@@ -150,10 +150,10 @@ def read(path: Path) -> list[Record]:
 
 
 def table(verdicts: Sequence[Verdict], write: Callable[[str], object] = print) -> None:
-    write(f"{'goal':5}{'status':14}{'measured':40}{'must':44}what")
+    write(f"{'goal':5}{'status':14}{'measured':40}{'must':46}what")
     for verdict in verdicts:
         status = f"{verdict.status}{' +' if verdict.stretch else ''}"
-        write(f"{verdict.goal:5}{status:14}{_written(verdict.measured):40}{verdict.wanted:44}{verdict.what}")
+        write(f"{verdict.goal:5}{status:14}{_written(verdict.measured):40}{verdict.wanted:46}{verdict.what}")
 
 
 def main(argv: list[str] | None = None) -> int:

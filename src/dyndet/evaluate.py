@@ -23,6 +23,7 @@ from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.lightning.callbacks import Collect, Progress
 from dyndet.lightning.detection import DetectionModule
+from dyndet.metrics.compute import ComputeReport
 from dyndet.metrics.export import write_results
 from dyndet.metrics.timing import device_name, time_detections, time_head
 from dyndet.models.detectors.base import Detector
@@ -62,7 +63,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         if config.latency:
             metrics |= _latency(detector, data, config.latency)
         if config.timing:
-            metrics |= _compare(cast(PyramidDetector, detector), data, config, report.ratio)
+            metrics |= _compare(cast(PyramidDetector, detector), data, config, report)
         print(f"validation steps took {collected.seconds:.2f} s for {collected.images} images")
         file = write_results(folder / "detections.json", collected.results)
         print(f"detections: {file}")
@@ -84,13 +85,16 @@ def _latency(detector: Detector, data: DetectionDataModule, count: int) -> dict[
     return {f"time/latency_{name}_ms".replace("_now", ""): value for name, value in times.items()}
 
 
-def _compare(detector: PyramidDetector, data: DetectionDataModule, config: DictConfig, macs: float) -> dict[str, float]:
+def _compare(
+    detector: PyramidDetector, data: DetectionDataModule, config: DictConfig, report: ComputeReport
+) -> dict[str, float]:
     """Prints the head's time against its dense execution, next to its multiply-adds; returns both as metrics."""
     impl = config.impl or "auto"
     head = cast(FineGrainedHead, routed_part(detector.head))
     timing = time_head(detector.eval(), head, islice(data.val_dataloader(), config.timing), impl=impl)
-    print(f"head: {macs:.1%} of its full MACs in {timing.ratio:.1%} of the time of its dense execution "
-          f"(impl={impl}, {timing.batches} batches)")  # fmt: skip
+    computed = report.executed / report.full.mean
+    print(f"head: open gates use {report.ratio:.1%} of its full MACs, {computed:.1%} are computed, in "
+          f"{timing.ratio:.1%} of the time of its dense execution (impl={impl}, {timing.batches} batches)")  # fmt: skip
     return {"time/head_ratio": timing.ratio}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dyndet.errors import UserError
 from dyndet.ops import conv as module
 from dyndet.ops import masked_conv
-from dyndet.ops.sparse import conv_rows
+from dyndet.ops.sparse import Impl, conv_rows
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 
@@ -136,3 +136,27 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     x, mask = torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool)
     with pytest.raises(UserError, match="impl=triton needs a CUDA device"):
         masked_conv(x, torch.zeros(1, 3, 3, 3), mask=mask, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense", "gather"])
+@pytest.mark.parametrize("density", [None, 0.0, 1.0])
+def test_an_expected_density_changes_no_result(impl: Impl, density: float | None) -> None:
+    torch.manual_seed(0)
+    x, weight, mask = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3), torch.rand(2, 1, 6, 5) < 0.5
+    out = masked_conv(x, weight, mask=mask, density=density, impl=impl)
+    assert torch.allclose(out, F.conv2d(x, weight, padding=1) * mask, atol=1e-5)
+
+
+def test_what_is_masked_is_zero_whatever_lies_there() -> None:
+    x, mask = torch.zeros(1, 1, 5, 5), torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    x[..., 0, 0], mask[..., :2, :2] = float("inf"), False
+    for impl in ("dense", "gather"):
+        assert not masked_conv(x, torch.ones(1, 1, 3, 3), mask=mask, impl=impl).any()
+
+
+def test_masks_are_bool_and_batches_may_be_empty() -> None:
+    weight = torch.zeros(1, 3, 3, 3)
+    with pytest.raises(ValueError, match="mask must be bool"):
+        masked_conv(torch.zeros(1, 3, 4, 4), weight, mask=torch.full((1, 1, 4, 4), 0.5))
+    out = masked_conv(torch.zeros(0, 3, 4, 4), weight, mask=torch.zeros(0, 1, 4, 4, dtype=torch.bool))
+    assert out.shape == (0, 1, 4, 4)

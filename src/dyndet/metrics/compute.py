@@ -38,7 +38,7 @@ class ComputeReport:
 
     Attributes:
         images: number of images.
-        head: executed by the head, routers not counted (as in the papers).
+        head: used by the head's open gates, routers not counted (as in the papers).
         full: what the head costs with every gate open.
         reference: what the executed share would cost at 800x1344, the size of the published tables; nan for a static
             head, whose cost `count_macs` gives.

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyndet.ops.sparse import Impl, RowLayout, check_impl, choose, conv_rows, make_plans, scatter_rows, whole_plan
+from dyndet.ops.sparse import (
+    Impl,
+    RowLayout,
+    autocast_dtype,
+    check_impl,
+    choose,
+    conv_rows,
+    make_plans,
+    scatter_rows,
+    whole_plan,
+)
 
 
 def masked_conv(
@@ -33,19 +43,23 @@ def masked_conv(
         (B, O, H, W), channels-last where sparse, zero where the mask is not set.
 
     Raises:
-        ValueError: on another kernel, a mask of another size, or an unknown `impl`.
+        ValueError: on another kernel, a mask of another size or type, or an unknown `impl`.
     """
     if weight.ndim != 4 or weight.shape[1:] != (inputs.shape[1], 3, 3):
         raise ValueError(f"weight must be (O, {inputs.shape[1]}, 3, 3), got {tuple(weight.shape)}")
     if mask.shape != (inputs.shape[0], 1, *inputs.shape[2:]):
         raise ValueError(f"mask {tuple(mask.shape)} does not fit inputs {tuple(inputs.shape)}")
     check_impl(impl)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}: compare, for instance gate > 0")
+    whole = False
     if density is None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        density = float(mask.sum()) / mask.numel()
-    how = choose(impl, density, inputs.dtype, inputs.device)
+        density = float(mask.sum()) / max(1, mask.numel())
+        whole = density == 1
+    how = choose(impl, density, autocast_dtype(inputs), inputs.device)
     if how == "dense" or inputs.is_meta:  # tensors without values, as used for counting, have no active rows
         outputs = F.conv2d(inputs, weight, bias, padding=1)
-        return outputs if density == 1 else outputs * mask
+        return outputs if whole else outputs.masked_fill(~mask, 0)  # a product would keep NaN
     layout = RowLayout.of([inputs])
     (plan,) = make_plans(layout.flat([mask]), layout, expected=density, impl=how)
     rows = conv_rows(layout.rows([inputs]), weight, bias, source=whole_plan(layout), target=plan, impl=how)

@@ -40,7 +40,7 @@ def print_summary(
     console.print(table)
     if report.full.mean > 0:  # a head may do nothing
         console.print(
-            f"head: {report.ratio:.1%} of its full {report.full.mean / 1e9:.3f} GMAC executed, mean of "
+            f"head: {report.ratio:.1%} of its full {report.full.mean / 1e9:.3f} GMAC used, mean of "
             f"{report.images} images",
             highlight=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,14 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.ops.sparse import (
+    ConvNorm,
+    Plan,
     RowLayout,
     conv_rows,
+    depth_rows,
     exchange_rows,
     logit_rows,
     make_plans,
     norm_rows,
     place_rows,
+    scale_rows,
     whole_plan,
 )
 from dyndet.ops.sparse import (
@@ -190,3 +196,43 @@ def test_multiply_adds_are_counted_without_values() -> None:
             *(torch.empty(*shape, device="meta") for shape in ((4, 4, 3, 3), (4,), (4,))), layout, "auto",
         )  # fmt: skip
     assert counter.get_total_flops() == 2 * 2 * layout.positions * 9 * 16
+
+
+def test_what_export_made_serves_nobody_else() -> None:
+    """Index tables are kept, but not those without values."""
+    head = FineGrainedHead(4, depth=1, norm_groups=1).eval()
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, first: Tensor, second: Tensor) -> list[Tensor]:
+            return self.head([first, second]).cls
+
+    maps = torch.randn(1, 4, 9, 7), torch.randn(1, 4, 5, 4)  # sizes of no other test
+    exported = torch.export.export(Both(), maps).module()
+    for a, b in zip(exported(*maps), head(maps).cls, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_plans_of_a_compiled_region_serve_eager_steps() -> None:
+    """They have room for every position, spare rows included."""
+    torch.manual_seed(0)
+    layout = RowLayout(SHAPES, 2, torch.device("cpu"))
+    gate = torch.rand(layout.positions) * (torch.rand(layout.positions) < 0.3)
+    rows = layout.rows([torch.randn(2, 4, *shape) for shape in SHAPES])
+    parts = [ConvNorm(torch.randn(4, 4, 3, 3), None, torch.randn(4), torch.randn(4), 2, 1e-5) for _ in range(2)]
+    thin = [ConvNorm(torch.randn(4, 1, 3, 3), torch.randn(4), torch.randn(4), torch.randn(4), 2, 1e-5)] * 2
+    one = torch.ones(1)
+
+    def both(make: Callable[..., list[Plan]]) -> tuple[Tensor, Tensor]:
+        inner, outer = make(gate)
+        s = scale_rows(rows, one, one, *thin, (gate, gate), (outer, outer))
+        return depth_rows(rows, *parts, gate, inner, outer), s
+
+    def make(gate: Tensor) -> list[Plan]:
+        return make_plans(gate, layout, reaches=(1, 0))
+
+    for a, b in zip(both(torch.compile(make, backend="eager")), both(make), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)

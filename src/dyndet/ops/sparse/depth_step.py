@@ -43,7 +43,7 @@ def depth_rows(
         (P + 1, C), the last row zero.
     """
     x = x.to(autocast_dtype(x))
-    if in_one_piece(x, impl):
+    if in_one_piece(x, impl) and inner.exact and outer.exact:
         tensors = [value for part in (first, second) for value in (part.to(x.dtype).weight, part.scale, part.shift)]
         how = [how_to_convolve(impl, plan, x, first.weight) for plan in (inner, outer)]
         if outer.whole and how == ["dense", "dense"]:

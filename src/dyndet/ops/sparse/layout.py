@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyndet.ops.sparse.kept import kept
 from dyndet.structures import Size
 
 
@@ -68,7 +68,7 @@ class RowLayout:
     def rows(self, maps: Sequence[Tensor]) -> Tensor:
         """L x (B, C, H, W) -> (P + 1, C), the last row zero."""
         channels = maps[0].shape[1]
-        flat = [x.permute(0, 2, 3, 1).reshape(-1, channels) for x in maps]
+        flat = [x.permute(0, 2, 3, 1).reshape(x[:, 0].numel(), channels) for x in maps]
         return torch.cat([*flat, maps[0].new_zeros(1, channels)])
 
     def maps(self, rows: Tensor) -> list[Tensor]:
@@ -76,7 +76,7 @@ class RowLayout:
         sizes = [stop - start for start, stop in self.levels]
         parts = rows.split([*sizes, len(rows) - self.positions])  # unlike slices, one pass in the backward direction
         return [
-            part.view(self.batch, height, width, -1).permute(0, 3, 1, 2)
+            part.view(self.batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
             for part, (height, width) in zip(parts, self.shapes, strict=False)
         ]
 
@@ -124,10 +124,7 @@ def from_sizes(sizes: Sequence[int], batch: int, device: torch.device) -> RowLay
     return RowLayout(tuple(zip(sizes[::2], sizes[1::2], strict=True)), batch, device)
 
 
-# Index tables depend on the layout alone; a detector meets few layouts, so the last ones are kept. Those that
-# validation asks for first must serve training as well, which tensors of inference mode could not.
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@kept
 def _neighbours(layout: RowLayout) -> Tensor:
     tables = []
     for (start, stop), (height, width) in zip(layout.levels, layout.shapes, strict=True):
@@ -139,16 +136,14 @@ def _neighbours(layout: RowLayout) -> Tensor:
     return torch.cat(tables)
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@kept
 def _neighbours_by_tap(layout: RowLayout) -> tuple[Tensor, Tensor]:
     taps = layout.neighbours.t()
     first = torch.arange(9, dtype=torch.int32, device=layout.device)[:, None] * (layout.positions + 1)
     return (taps + first).reshape(-1), taps.flip(0).reshape(-1)
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@kept
 def _segment(layout: RowLayout) -> Tensor:
     parts = [
         torch.arange(layout.batch, dtype=torch.int32, device=layout.device).repeat_interleave(height * width)
@@ -158,8 +153,7 @@ def _segment(layout: RowLayout) -> Tensor:
     return torch.cat(parts)
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@kept
 def _starts(layout: RowLayout) -> Tensor:
     sizes = [height * width for height, width in layout.shapes for _ in range(layout.batch)]
     bounds = [0]
@@ -168,8 +162,7 @@ def _starts(layout: RowLayout) -> Tensor:
     return torch.tensor(bounds, dtype=torch.int32, device=layout.device)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@kept
 def _sending(layout: RowLayout, step: int) -> Tensor:
     mask = torch.zeros(layout.positions, dtype=torch.bool, device=layout.device)
     for level, (start, stop) in enumerate(layout.levels):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from dyndet.ops.sparse.direct import ordinary
 from dyndet.ops.sparse.execute import triton
 from dyndet.ops.sparse.impl import Impl
+from dyndet.ops.sparse.kept import kept
 from dyndet.ops.sparse.layout import RowLayout
 
 
@@ -55,7 +55,7 @@ class Plan:
     @property
     def density(self) -> float | None:
         """Share of active positions: known where the plan is exact, else what was expected."""
-        return self.capacity / self.layout.positions if self.exact else self.expected
+        return self.capacity / max(1, self.layout.positions) if self.exact else self.expected
 
     @property
     def count(self) -> Tensor:
@@ -72,8 +72,7 @@ class Plan:
         return [self.positions, self.inverse, self.offsets]
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@kept
 def whole_plan(layout: RowLayout) -> Plan:
     """Every position of the layout: rows are the map."""
     index = torch.arange(layout.positions + 1, dtype=torch.int32, device=layout.device)

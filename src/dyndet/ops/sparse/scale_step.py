@@ -45,7 +45,7 @@ def scale_rows(
         (P + 1, C), the last row zero.
     """
     x = x.to(autocast_dtype(x))
-    if in_one_piece(x, impl):
+    if in_one_piece(x, impl) and all(plan.exact for plan in plans):
         parts = down.to(x.dtype), up.to(x.dtype)
         tensors = [value for part, gate in zip(parts, gates, strict=True) for value in (*part[:4], gate)]
         return _ScaleStep.apply(x, own, weight, *tensors, plans, parts, stats)
@@ -63,7 +63,7 @@ def scale_rows(
 def scale_work(x: Tensor, down: ConvNorm, up: ConvNorm, plans: tuple[Plan, Plan], *, impl: Impl = "auto") -> list[Work]:
     """What `scale_rows` with these arguments computes."""
     work = [conv_work(x, part.weight, target=plan, impl=impl) for part, plan in zip((down, up), plans, strict=True)]
-    if not in_one_piece(x, impl):
+    if not (in_one_piece(x, impl) and all(plan.exact for plan in plans)):
         return work
     bounds = plans[0].layout.levels
     exact = []

@@ -48,7 +48,8 @@ def conv_backward(
     Args:
         grad: (capacity + 1, O), of the output; the last row does not count.
         needs: input, weight.
-        into: (R + 1, C), what the input's gradient is added to, in place; None begins with zeros.
+        into: (R + 1, C), what the input's gradient is added to, in place, where the rows are the map; None begins with
+            zeros.
 
     Returns:
         (R + 1, C) and the weight's shape.
@@ -57,9 +58,8 @@ def conv_backward(
     maps = layout.maps(x if source is None else _expand(x, source, layout))
     grads = layout.maps(grad if target is None else _expand(grad, target, layout))
     grad_x = None
-    adds = into is not None and source is None
     if needs[0]:
-        grad_x = into if adds else x.new_empty(layout.positions + 1, x.shape[1])
+        grad_x = x.new_empty(layout.positions + 1, x.shape[1]) if into is None else into
     views = [None] * len(maps) if grad_x is None else layout.maps(grad_x)
     grad_weight: Tensor | None = None
     for level, part, view in zip(maps, grads, views, strict=True):
@@ -67,14 +67,13 @@ def conv_backward(
             part, level, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [*needs, False]
         )
         if view is not None:
-            view.add_(of_map) if adds else view.copy_(of_map)
+            view.copy_(of_map) if into is None else view.add_(of_map)
         if needs[1]:
             grad_weight = of_weight if grad_weight is None else grad_weight + of_weight
     if grad_x is not None:
         grad_x[-1] = 0
         if source is not None:
             grad_x = _select(grad_x, source)
-            grad_x = grad_x if into is None else into.add_(grad_x)
     return grad_x, grad_weight
 
 
