@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from dyndet.config import CONFIG_MODULE, explain
+from dyndet.config import config_source, explain
 from dyndet.errors import UserError
 
 _HARMLESS = (
@@ -76,7 +76,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
             return _fail(explain(error, sys.argv[1:], config_name), verbose)
 
     try:
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=config_name)(job)()
+        hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error, sys.argv[1:], config_name), verbose)
 

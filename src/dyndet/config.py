@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any
 
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.utils import instantiate
@@ -45,11 +46,23 @@ def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
         raise UserError(explain(error, arguments, command)) from error
 
 
+def config_source(command: str) -> str:
+    """Where Hydra composes a command's configuration: among all groups, or in a folder of its own name.
+
+    Convert has a folder: its `experiment` is a key, which the group of that name would hide.
+    """
+    own = files(CONFIG_MODULE).joinpath(command)
+    return str(own) if own.joinpath(f"{command}.yaml").is_file() else f"pkg://{CONFIG_MODULE}"
+
+
 def _compose(command: str, arguments: Sequence[str]) -> DictConfig:
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        source = config_source(command)
+        shared = source.startswith("pkg://")
+        start = initialize_config_module if shared else initialize_config_dir
+        with start(source.removeprefix("pkg://"), version_base="1.3"):
             return compose(command, overrides=list(arguments))
     finally:
         GlobalHydra.instance().clear()
@@ -128,8 +141,6 @@ def _nearest(word: str, options: Sequence[str]) -> str:
 
 
 def _options(group: str) -> list[str]:
-    from importlib.resources import files
-
     folder = files(CONFIG_MODULE).joinpath(group)
     return [item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")]
 

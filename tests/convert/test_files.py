@@ -204,3 +204,19 @@ def test_the_command_line_answers_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: no file at") and done.stderr.count("\n") == 1
     assert not (tmp_path / "converted.ckpt").exists()
+
+
+@pytest.mark.parametrize("experiment", ["auto", "freeanchor_r50"])
+def test_the_command_line_takes_an_experiment(experiment: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": marked(RELEASES["mmdet retinanet_r50"].shapes)}, tmp_path / "release.pth")
+    line = [sys.executable, "-m", "dyndet.convert", "source=release.pth", "out=out.ckpt", f"experiment={experiment}"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"as experiment {'retinanet_r50' if experiment == 'auto' else experiment}" in done.stdout
+
+
+def test_a_misspelt_key_is_explained(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "dyndet.convert", "source=release.pth", "out=out.ckpt", "experimant=auto"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there is no key 'experimant' to set. Did you mean 'experiment'?" in done.stderr
