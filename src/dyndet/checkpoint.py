@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dyndet.command import latest_run
-from dyndet.errors import UserError
+from dyndet.errors import UserError, reason
 from dyndet.structures import Category
 
 
@@ -78,8 +78,8 @@ def _content(path: Path, key: str = "ckpt") -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path.resolve()}: set {key} to a file such as RUN/checkpoints/last.ckpt")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason(error)}") from error
     if not isinstance(content, dict) or "dyndet" not in content or "state_dict" not in content:
         raise UserError(f"{path} was not written by dyndet.train")
     return content

@@ -9,3 +9,13 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """A dataset file, image or annotation that cannot be used."""
+
+
+def reason(error: Exception) -> str:
+    """What an exception of another library says, in one line; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    if not lines or str(error).isdigit():
+        return type(error).__name__
+    if "weights_only" in str(error):  # torch goes on with advice that would run code of the file
+        return "it holds more than tensors and plain values, or is no file of torch"
+    return lines[0]

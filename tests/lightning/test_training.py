@@ -188,7 +188,8 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "dyndet": Bomb()}, tmp_path / "bomb.ckpt")
     (tmp_path / "text.ckpt").write_text("hello")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    for name in ("bomb", "text", "other", "missing"):
+    (tmp_path / "empty.ckpt").touch()
+    for name in ("bomb", "text", "other", "missing", "empty"):
         with pytest.raises(UserError, match=name):
             read_checkpoint(tmp_path / f"{name}.ckpt")
     assert not (tmp_path / "executed").exists()

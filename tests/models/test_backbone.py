@@ -84,9 +84,12 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("not a weight file")
     (tmp_path / "text.safetensors").write_text("not a weight file")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
-    for name in ("text.pth", "text.safetensors", "list.pth"):
-        with pytest.raises(UserError, match=name):
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "words.pth").write_text("# A heading\n")
+    for name in ("text.pth", "text.safetensors", "list.pth", "empty.pth", "words.pth"):
+        with pytest.raises(UserError, match=name) as refused:
             read_weights(tmp_path / name)
+        assert "weights_only" not in str(refused.value)  # torch's advice would run code of the file
 
 
 @pytest.mark.data
@@ -297,3 +300,22 @@ def test_pretrained_weights_of_timm_stay_in_deformable_stages(monkeypatch: pytes
     wanted = {name: 0.0 if ".offset." in name else 0.5 for name, _ in body.named_parameters()}
     assert 0.0 in wanted.values()
     assert all((parameter == wanted[name]).all() for name, parameter in body.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "densenet121", "dla34"])
+def test_models_that_need_multiples_of_their_stride_are_padded(name: str) -> None:
+    maps = TimmBackbone(name).eval()(torch.zeros(1, 3, 65, 90))
+    assert [tuple(x.shape[-2:]) for x in maps] == [(9, 12), (5, 6), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "strides", "message"),
+    [
+        ("swinv2_cr_tiny_ns_224", (8, 16, 32), "takes no images of 128 x 128 pixels"),
+        ("vit_tiny_patch16_224", (16,), "takes no images of 64 x 64 pixels"),
+        ("inception_v3", (8, 16, 32), "does not halve its maps"),
+    ],
+)
+def test_models_that_cannot_feed_a_pyramid_are_refused(name: str, strides: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UserError, match=f"backbone {name} {message}"):
+        TimmBackbone(name, strides=strides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dyndet.errors import UserError
+from dyndet.errors import UserError, reason
 from dyndet.models.deformable import deform_stages
 from dyndet.models.stages import Stage, drop_modules, timm_stages
 from dyndet.models.swin import ANY_SIZE, is_swin, pad_windows
@@ -72,14 +73,15 @@ class TimmBackbone(nn.Module):
         missing = [stride for stride in strides if stride not in available]
         if missing:
             raise UserError(f"backbone {name} has strides {available}, not {missing}: set backbone.strides")
-        indices = tuple(available.index(stride) for stride in strides)
+        last = {stride: index for index, stride in enumerate(available)}  # the deepest of several
+        indices = tuple(last[stride] for stride in strides)
         self.body = _create(name, out_indices=indices, pretrained=str(weights) == "timm", **options)
         info: Any = self.body.feature_info
         self.channels: list[int] = list(info.channels())
         self.strides: list[int] = list(strides)
         self.channels_last = "NHWC" in str(getattr(self.body, "output_fmt", ""))  # Swin
         self.norm = norm
-        self.divisor = max(strides) if _drops_borders(shell) else 1
+        self.divisor = _divisor(name, shell, [(index, available[index]) for index in indices])
         if is_swin(self.body):
             pad_windows(self.body)
         if stride_in_1x1:
@@ -229,10 +231,34 @@ def _shell(name: str, drop_path: float) -> tuple[Any, dict[str, Any]]:
     return shell, options | (ANY_SIZE if is_swin(shell) else {})
 
 
-def _drops_borders(body: nn.Module) -> bool:
-    """Whether maps are smaller than ceil(side / stride): convolutions in patches leave out what fills no patch."""
-    patches = (layer.kernel_size == layer.stride != (1, 1) for layer in body.modules() if isinstance(layer, nn.Conv2d))
-    return any(patches) and not is_swin(body)
+def _divisor(name: str, shell: nn.Module, taken: Sequence[tuple[int, int]]) -> int:
+    """What the sides of images must be multiples of, so that the maps `taken` (index, stride) have ceil(side / stride).
+
+    Raises:
+        UserError: where they have other sizes even so, or the model takes no images of any size.
+    """
+    if is_swin(shell):
+        return 1
+    coarsest = max(stride for _, stride in taken)
+    with suppress(Exception):  # what models raise at sizes that they do not like is theirs to choose
+        if _right_sizes(shell, 3 * coarsest + 1, taken):
+            return 1
+    side = 4 * coarsest
+    try:
+        right = _right_sizes(shell, side, taken)
+    except Exception as error:
+        raise UserError(f"backbone {name} takes no images of {side} x {side} pixels: {reason(error)}") from error
+    if not right:
+        raise UserError(f"backbone {name} does not halve its maps as its strides say: it cannot feed a pyramid")
+    return coarsest
+
+
+@torch.no_grad()
+def _right_sizes(shell: nn.Module, side: int, taken: Sequence[tuple[int, int]]) -> bool:
+    """Whether the maps of a square image have their promised sizes."""
+    maps = shell.eval()(torch.empty(1, 3, side, side, device="meta"))
+    rows = 1 if "NHWC" in str(getattr(shell, "output_fmt", "")) else 2
+    return all(list(maps[index].shape[rows : rows + 2]) == [-(-side // stride)] * 2 for index, stride in taken)
 
 
 def _move_strides(body: nn.Module) -> None:

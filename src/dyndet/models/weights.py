@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dyndet.errors import UserError
+from dyndet.errors import UserError, reason
 from dyndet.models.deformable import DeformConv
 
 _CLASSIFIER = ("classifier.", "fc.", "head.", "_fc.")
@@ -28,8 +28,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is not a file of plain tensors: {reason(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
