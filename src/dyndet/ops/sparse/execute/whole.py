@@ -18,7 +18,7 @@ _STATES = 8  # that a level keeps for the backward direction
 def depth(
     x: Tensor, first: ConvNorm, second: ConvNorm, gate: Tensor, layout: RowLayout, stats: Stats
 ) -> tuple[Tensor, list[Tensor]]:
-    """Y = ReLU(x + gate * norm2(conv2(ReLU(norm1(conv1(x)))))).
+    """The step y = ReLU(x + gate * norm2(conv2(ReLU(norm1(conv1(x)))))).
 
     Args:
         x: (P + 1, C) rows.
