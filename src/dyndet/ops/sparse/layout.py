@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +163,7 @@ def _starts(layout: RowLayout) -> Tensor:
     return torch.tensor(bounds, dtype=torch.int32, device=layout.device)
 
 
-@kept
+@partial(kept, number=16)  # two of a layout
 def _sending(layout: RowLayout, step: int) -> Tensor:
     mask = torch.zeros(layout.positions, dtype=torch.bool, device=layout.device)
     for level, (start, stop) in enumerate(layout.levels):
