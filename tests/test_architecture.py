@@ -18,8 +18,8 @@ LAYERS = [
     ("data",),
     ("metrics", "report"),
     ("lightning",),
-    ("config", "command", "checkpoint", "speed", "api", "conf"),
-    ("train", "step2", "evaluate", "predict", "calibrate", "convert", "report.__main__"),
+    ("arguments", "config", "command", "device", "checkpoint", "speed", "api", "conf"),
+    ("initial", "train", "step2", "evaluate", "predict", "calibrate", "convert", "report.__main__"),
 ]
 MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

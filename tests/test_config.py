@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dyndet import build_detector
+from dyndet.arguments import check_arguments
 from dyndet.config import build, compose_experiment
+from dyndet.device import device_of
 from dyndet.errors import UserError
 from dyndet.models.detectors.cascade import CascadeDetector
 
@@ -150,6 +152,27 @@ def test_any_data_may_leave_out_images_without_objects() -> None:
         (None, ["backbone.strides=[3]"], ["has strides", "backbone.strides"]),
         (None, ["precision.head=bf16"], ["precision head=bf16", "bfloat16"]),
         (None, ["precision.tail=bfloat16"], ["no key 'precision.tail'"]),
+        (None, ["head=dyhead_small", "head.spatial=maybe"], ["head.spatial must be true or false, got 'maybe'"]),
+        (None, ["head=dyhead_small", "head.num_blocks=two"], ["head.num_blocks must be a whole number, got 'two'"]),
+        (None, ["head=dyhead_fine_grained_small", "head.attention.num_blocks=2.5"], ["head.attention.num_blocks must"]),
+        (
+            None,
+            ["head=dyhead_small", "head.high_offset=x"],
+            ["head.high_offset must be one of prefix, resize, upsample"],
+        ),
+        (None, ["head=dyhead_small", "head.gn_groups=0"], ["gn_groups=0", "neck.channels"]),
+        (
+            None,
+            ["neck=bifpn", "head=dyhead"],
+            ["gn_groups=16 must divide the channels of the neck, 88", "neck.channels"],
+        ),
+        (None, ["head=plain_small", "head.norm_groups=7"], ["norm_groups=7", "64", "neck.channels"]),
+        (None, ["head=fixed_small", "head.norm_groups=7"], ["norm_groups=7", "64", "neck.channels"]),
+        (None, ["head.norm_groups=null"], ["head.norm_groups must be a whole number, got null"]),
+        (None, ["predictor.kernel=2"], ["kernel must be odd, got 2"]),
+        (None, ["predictor.postprocess.topk=0"], ["topk must be at least 1, got 0"]),
+        (None, ["predictor=atss_small", "predictor.assigner.topk=0"], ["topk must be at least 1, got 0"]),
+        (None, ["predictor=freeanchor", "predictor.bag_size=0"], ["bag_size must be at least 1, got 0"]),
     ],
 )
 def test_mistakes_are_answered_in_one_line(experiment: str | None, overrides: list[str], words: list[str]) -> None:
@@ -159,6 +182,43 @@ def test_mistakes_are_answered_in_one_line(experiment: str | None, overrides: li
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("part", "override", "words"),
+    [
+        ("data.module", "data.batch_size=0", "data.batch_size must be at least 1, got 0"),
+        ("optim.optimizer", "optim.optimizer.lr=fast", "optim.optimizer.lr must be a number, got 'fast'"),
+        ("trainer", "trainer.max_epochs=many", "trainer.max_epochs must be a whole number or null, got 'many'"),
+        ("trainer", "trainer.max_steps=true", "trainer.max_steps must be a whole number, got True"),
+        ("callbacks", "callbacks.last.save_on_exception=1", "last.save_on_exception must be true or false, got 1"),
+    ],
+)
+def test_other_parts_name_the_key_too(part: str, override: str, words: str) -> None:
+    config = compose_experiment(None, [override, "output_dir=x"])
+    with pytest.raises(UserError, match=words):
+        built = build(OmegaConf.select(config, part))
+        if part == "data.module":
+            built.setup("fit")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_no_experiment_is_mistaken_for_a_mistake(experiment: str) -> None:
+    config = compose_experiment(experiment, ["output_dir=x"])
+    for part in ("data", "detector", "optim", "trainer", "callbacks", "logger"):
+        check_arguments(config[part])
+
+
+def test_images_in_place_of_a_folder() -> None:
+    config = compose_experiment("bccd_plain", ["data.train_images=8"])
+    with pytest.raises(UserError, match=r"data\.train_images must be a word or a path"):
+        build(config.data.module).setup("fit")
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="device=abacus is not available"):
+        device_of("abacus")
+    assert device_of("cpu").type == "cpu"
 
 
 def test_building_a_detector_never_downloads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
@@ -24,6 +23,7 @@ from dyndet.checkpoint import read_checkpoint, write_calibration
 from dyndet.command import run
 from dyndet.config import build, fill
 from dyndet.data.datamodule import DetectionDataModule
+from dyndet.device import device_of
 from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.curve import BothWays, Split, go_both_ways
@@ -42,6 +42,7 @@ from dyndet.structures import ImageBatch
 def calibrate(config: DictConfig) -> Calibration:
     """Measures, prints, and stores."""
     saved = read_checkpoint(config.ckpt)
+    device = device_of(config.device)
     if config.data.batch_size is not None:
         saved.config.data.val_batch_size = None  # there is one batch size here
     fill(saved.config.data, config.data, "data")
@@ -49,9 +50,7 @@ def calibrate(config: DictConfig) -> Calibration:
         saved.config.data.max_val = config.images
     data: DetectionDataModule = build(saved.config.data.module)
     data.setup("validate")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    detector = detector_from(saved, impl=config.impl, fuse=True)
-    detector = detector.to(automatic if config.device == "auto" else config.device)
+    detector = detector_from(saved, impl=config.impl, fuse=True).to(device)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     single = data.single_images(config.latency_images)

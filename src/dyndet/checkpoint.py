@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndet.command import latest_run
 from dyndet.errors import UserError, reason
@@ -102,5 +102,23 @@ def resume_path(config: DictConfig) -> str | None:
         return str(run / "checkpoints" / "last.ckpt")
     if not Path(wanted).is_file():
         raise UserError(f"ckpt_path={wanted}: no such file; give a checkpoint or 'last'")
-    read_checkpoint(wanted)
+    if "optimizer_states" not in _content(Path(wanted), "ckpt_path"):
+        raise UserError(f"ckpt_path={wanted} holds no run to go on with: init={wanted} starts one from its weights")
     return str(wanted)
+
+
+def check_resumable(path: str, module: nn.Module) -> None:
+    """Whether a module can take a checkpoint's tensors.
+
+    Raises:
+        UserError: if they are of another detector.
+    """
+    saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    expected = module.state_dict()
+    odd = sorted(saved.keys() ^ expected.keys())
+    odd += [name for name in saved.keys() & expected.keys() if saved[name].shape != expected[name].shape]
+    if odd:
+        raise UserError(
+            f"ckpt_path={path} is of another detector than this experiment: {len(odd)} tensors do not fit, such as "
+            f"{odd[0]}. A run goes on with the command that started it; init={path} takes what fits into a new one"
+        )

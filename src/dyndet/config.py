@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dyndet.arguments import check_arguments
 from dyndet.errors import UserError
 
 CONFIG_MODULE = "dyndet.conf"
@@ -79,6 +80,7 @@ def build(config: Any, **more: Any) -> Any:
         UserError: naming the key whose arguments do not fit.
     """
     try:
+        check_arguments(config)
         built = instantiate(config)
         return built(**more) if more else built
     except OmegaConfBaseException as error:  # some are ValueErrors, too
@@ -91,7 +93,7 @@ def build(config: Any, **more: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, ValueError | TypeError | FileNotFoundError | ImportError):
+        if isinstance(cause, ValueError | TypeError | ArithmeticError | FileNotFoundError | ImportError):
             where = re.search(r"full_key: (\S+)", str(error))
             raise UserError(f"{where.group(1) if where else 'config'}: {cause}") from error
         raise

@@ -18,6 +18,7 @@ from dyndet.data.collate import Collate
 from dyndet.data.masks import encode_mask
 from dyndet.data.sources import find_images, read_unlabelled
 from dyndet.data.transforms import Compose
+from dyndet.device import device_of
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.report.draw import draw_detections
@@ -30,9 +31,8 @@ def predict(config: DictConfig) -> Path:
     """Runs a checkpoint over images and returns the folder with the results."""
     saved = read_checkpoint(config.ckpt)
     paths = find_images(config.source)
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse)
-    detector = detector.to(automatic if config.device == "auto" else config.device)
+    device = device_of(config.device)
+    detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse).to(device)
     transform = Compose([build(item) for item in saved.config.data.module.val_transform])
     collate = Collate(detector.preprocess.divisor)
     static, meter = StaticCosts(detector), ComputeMeter(strides=detector.strides)

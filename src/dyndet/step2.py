@@ -37,6 +37,8 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
         UserError: if the checkpoint does not hold this cascade, or the experiment has none.
     """
     _check_order()
+    if config.init is None:
+        raise UserError("init must be given: add init=RUN/checkpoints/last.ckpt of step 1 to the command")
     if "router" not in inspect.signature(get_method(config.detector._target_)).parameters:
         raise UserError("only a cascade has a router to train: choose an experiment with detector=cascade")
     if "weights" in config.backbone:

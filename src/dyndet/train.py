@@ -7,14 +7,16 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dyndet.checkpoint import resume_path
+from dyndet.checkpoint import check_resumable, resume_path
 from dyndet.command import run
 from dyndet.config import build
 from dyndet.errors import UserError
+from dyndet.initial import start_from
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
 from dyndet.lightning.joint import JointModule
@@ -33,7 +35,11 @@ def train(config: DictConfig) -> dict[str, float]:
     if "router_loss" in config:
         module, data = router_parts(config, data)
     else:
+        if config.init is not None and "weights" in config.backbone:
+            config.backbone.weights = "none"  # they come from the checkpoint
         detector: Detector = build(config.detector)
+        if config.init is not None:
+            rank_zero_info(start_from(detector, config.init, config))
         kind = JointModule if isinstance(detector, CascadeDetector) else DetectionModule
         module = kind(
             detector,
@@ -53,6 +59,8 @@ def train(config: DictConfig) -> dict[str, float]:
         [build(item) for item in (config.get(group) or {}).values() if item is not None]
         for group in ("logger", "callbacks")
     )
+    if checkpoint is not None:
+        check_resumable(checkpoint, module)
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))

@@ -199,6 +199,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert set(content) == {"dyndet", "state_dict"} and content["dyndet"]["config"]["name"] == "retinanet_r50"
 
 
+def test_the_source_is_not_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "release.pth"
+    torch.save({"state_dict": marked(RELEASES["mmdet retinanet_r50"].shapes)}, file)
+    with pytest.raises(UserError, match="is the source"):
+        convert(compose_command("convert", [f"source={file}", f"out={tmp_path}/./release.pth"]))
+
+
 def test_the_command_line_answers_in_one_line(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "dyndet.convert", "source=nothing.pth", "out=converted.ckpt"]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)

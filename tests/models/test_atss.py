@@ -279,7 +279,7 @@ def test_kernels_reach_as_far_as_they_say(kernel: int, reach: int) -> None:
 
 def test_the_default_kernel_is_3_and_2_is_refused() -> None:
     assert predictor().cls.weight.shape[-2:] == (3, 3)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="kernel must be 1 or 3, got 2"):
+    with pytest.raises(ValueError, match="kernel must be odd, got 2"):
         predictor(kernel=2)
 
 

@@ -9,10 +9,13 @@ from omegaconf import DictConfig
 
 from dyndet.command import run
 from dyndet.convert.release import read_release, save_release
+from dyndet.errors import UserError
 
 
 def convert(config: DictConfig) -> Path:
     """Converts a file and says what became of its tensors."""
+    if Path(config.out).resolve() == Path(config.source).resolve():
+        raise UserError(f"out={config.out} is the source: give another file")
     converted = read_release(config.source, config.experiment, trust=config.trust)
     out = save_release(converted, config.out)
     report = converted.report

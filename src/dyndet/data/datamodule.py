@@ -75,6 +75,9 @@ class DetectionDataModule(LightningDataModule):
         hint: str = "",
     ) -> None:
         super().__init__()
+        for key, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"data.{key} must be at least 1, got {value}")
         self.num_classes = num_classes
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size

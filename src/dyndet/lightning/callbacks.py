@@ -54,11 +54,29 @@ class ExactResume(Callback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Saves interrupted runs as well, but not when one of several processes fails: the others would never join it."""
+    """Saves interrupted runs as well, but not when one of several processes fails: the others would never join it.
+
+    A run that `max_steps` ends is saved and validated where it stands: Lightning would close its epoch first, so that a
+    resumed run skipped the rest.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if _at_max_steps(trainer):
+            trainer.save_checkpoint(self.format_checkpoint_name({}))
+            trainer.should_stop = True  # validates
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _at_max_steps(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException):
             super().on_exception(trainer, pl_module, exception)
+
+
+def _at_max_steps(trainer: Trainer) -> bool:
+    return 0 < trainer.max_steps <= trainer.global_step
 
 
 class ResultFile(Callback):

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dyndet.errors import UserError
 from dyndet.models.heads.attention import ScaleAttention, TaskAttention
+from dyndet.models.heads.init import check_groups
 from dyndet.ops.deform_conv import modulated_deform_conv
 from dyndet.ops.masked_norm import masked_group_norm
 from dyndet.structures import HeadOutput
@@ -177,8 +178,9 @@ class DyHead(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
-        if channels % gn_groups or channels % 4:
-            raise ValueError(f"channels={channels} must be a multiple of 4 and of gn_groups={gn_groups}")
+        check_groups(channels, gn_groups, "gn_groups")
+        if channels % 4:
+            raise ValueError(f"the channels of the neck must be a multiple of 4, got {channels}")
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         self.blocks = nn.ModuleList(

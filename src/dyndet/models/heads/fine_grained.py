@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh, gate_logits
+from dyndet.models.heads.init import check_groups
 from dyndet.models.heads.paths import DepthPath, ScalePath
 from dyndet.ops.sparse import (
     Impl,
@@ -210,6 +211,7 @@ class FineGrainedHead(nn.Module):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
         check_impl(impl)
+        check_groups(channels, norm_groups, "norm_groups")
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         if not 0 < openness < 1:

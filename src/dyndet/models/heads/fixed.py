@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyndet.models.heads.init import check_groups
 from dyndet.models.heads.paths import DepthPath, ScalePath, exchange
 from dyndet.structures import HeadOutput
 
@@ -49,6 +50,7 @@ class FixedHead(nn.Module):
 
     def __init__(self, channels: int, *, depth: int = 8, norm_groups: int = 32, ignore_padding: bool = True) -> None:
         super().__init__()
+        check_groups(channels, norm_groups, "norm_groups")
         self.ignore_padding = ignore_padding
         self.cls = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))
         self.reg = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))

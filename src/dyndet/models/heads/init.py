@@ -1,4 +1,4 @@
-"""How the convolutions of heads and predictors start."""
+"""How the layers of heads and predictors start."""
 
 from __future__ import annotations
 
@@ -17,3 +17,18 @@ def fill_bias(conv: nn.Conv2d, value: float) -> None:
     """Sets the bias of a convolution, where it has one."""
     if conv.bias is not None:
         nn.init.constant_(conv.bias, value)
+
+
+def check_groups(channels: int, groups: int, key: str) -> None:
+    """GroupNorm divides the channels evenly.
+
+    Args:
+        channels: of the pyramid.
+        groups: to divide them into.
+        key: what sets them, for the message.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{key}={groups} must divide the channels of the neck, {channels}: change it or neck.channels")

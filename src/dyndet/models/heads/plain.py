@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dyndet.models.heads.init import init_normal
+from dyndet.models.heads.init import check_groups, init_normal
 from dyndet.ops.masked_norm import masked_group_norm
 from dyndet.structures import HeadOutput
 
@@ -32,6 +32,8 @@ class PlainHead(nn.Module):
         ignore_padding: bool = True,
     ) -> None:
         super().__init__()
+        if norm_groups:
+            check_groups(channels, norm_groups, "norm_groups")
         self.ignore_padding = ignore_padding
         self.cls = _tower(channels, num_convs, norm_groups, conv_bias)
         self.reg = _tower(channels, num_convs, norm_groups, conv_bias)

@@ -38,7 +38,7 @@ class AnchorPredictor(nn.Module, ABC):
         num_classes: K.
         anchors: shapes at every position.
         coder: how boxes are written.
-        kernel: of the convolutions, 3 or 1.
+        kernel: of the convolutions, odd.
         separable: they are depthwise-separable (EfficientDet).
         prior: probability at which classification starts.
         postprocess: threshold, top-k and NMS.
@@ -47,7 +47,7 @@ class AnchorPredictor(nn.Module, ABC):
             a multiple of this (mmdetection, whose detections may lie there); None keeps everything (detectron2).
 
     Raises:
-        ValueError: on a kernel that is neither 3 nor 1.
+        ValueError: on an even kernel.
     """
 
     def __init__(
@@ -66,8 +66,6 @@ class AnchorPredictor(nn.Module, ABC):
         valid_divisor: int | None,
     ) -> None:
         super().__init__()
-        if kernel not in (1, 3):
-            raise ValueError(f"kernel must be 1 or 3, got {kernel}")
         self.cls = last_conv(channels, anchors.per_position * num_classes, kernel, separable=separable)
         self.box = last_conv(channels, anchors.per_position * 4, kernel, separable=separable)
         init_normal(self)

@@ -21,6 +21,8 @@ class AdaptiveAssigner:
     """
 
     def __init__(self, *, topk: int = 9) -> None:
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
         self.topk = topk
 
     def __call__(

@@ -19,7 +19,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from dyndet.models.detectors.base import RawMaps
 from dyndet.models.heads.init import fill_bias, init_normal
 from dyndet.models.predictors.assign import CenterSampling
-from dyndet.models.predictors.maps import check_labels, flat, flat_levels, shapes_of
+from dyndet.models.predictors.maps import check_kernel, check_labels, flat, flat_levels, shapes_of
 from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.ops.boxes import boxes_from_ltrb, centerness_from_ltrb, iou_log_loss
@@ -88,6 +88,7 @@ class FCOS(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+        check_kernel(kernel)
         self.cls = nn.Conv2d(channels, num_classes, kernel, padding=kernel // 2)
         self.box = nn.Conv2d(channels, 4, kernel, padding=kernel // 2)
         self.centerness = nn.Conv2d(channels, 1, kernel, padding=kernel // 2)

@@ -74,6 +74,8 @@ class FreeAnchor(AnchorPredictor):
             ignore_padding=ignore_padding,
             valid_divisor=None,
         )
+        if bag_size < 1:
+            raise ValueError(f"bag_size must be at least 1, got {bag_size}")
         self.bag_size = bag_size
         self.threshold = threshold
         self.alpha = alpha

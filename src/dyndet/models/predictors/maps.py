@@ -64,8 +64,19 @@ def widened(valid: Sequence[Tensor], strides: Sequence[int], divisor: int) -> li
     return masks
 
 
+def check_kernel(kernel: int) -> None:
+    """Predictors end with an odd kernel: an even one has no centre.
+
+    Raises:
+        ValueError: if it is even.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd, got {kernel}")
+
+
 def last_conv(channels: int, outputs: int, kernel: int, *, separable: bool = False) -> nn.Module:
     """The convolution a predictor ends with, with bias: ordinary, or depthwise then 1x1 (EfficientDet)."""
+    check_kernel(kernel)
     padding = kernel // 2
     if not separable:
         return nn.Conv2d(channels, outputs, kernel, padding=padding)

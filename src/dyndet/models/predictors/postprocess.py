@@ -39,6 +39,9 @@ class Postprocess:
             raise ValueError(f"rank must be 'probability' or 'score', got {rank!r}")
         if clip not in ("before", "after"):
             raise ValueError(f"clip must be 'before' or 'after', got {clip!r}")
+        for key, value in (("topk", topk), ("max_detections", max_detections)):
+            if value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
         self.score_threshold = score_threshold
         self.topk = topk
         self.iou_threshold = iou_threshold
