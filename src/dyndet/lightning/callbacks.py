@@ -15,8 +15,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dyndet.errors import UserError
 from dyndet.metrics.export import to_coco_json
 from dyndet.structures import Batch, Category
+
+
+class DivergedError(UserError):
+    """Training that cannot recover."""
 
 
 class ExactResume(Callback):
@@ -63,7 +68,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
         if _at_max_steps(trainer):
-            trainer.save_checkpoint(self.format_checkpoint_name({}))
+            trainer.save_checkpoint(self.format_checkpoint_name({}), weights_only=False)
             trainer.should_stop = True  # validates
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,12 +76,39 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, DivergedError):
+            return  # the last good checkpoint stays
         if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException):
             super().on_exception(trainer, pl_module, exception)
 
 
 def _at_max_steps(trainer: Trainer) -> bool:
     return 0 < trainer.max_steps <= trainer.global_step
+
+
+class FiniteLoss(Callback):
+    """Ends a run whose loss is no longer a number, looking as often as losses are logged.
+
+    Twice in a row: mixed precision overflows now and then, and recovers.
+    """
+
+    def __init__(self) -> None:
+        self._lost_at: int | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.log_every_n_steps:
+            return
+        if bool(torch.isfinite(outputs["loss"])):
+            self._lost_at = None
+        elif self._lost_at is None:
+            self._lost_at = trainer.global_step
+        else:
+            raise DivergedError(
+                f"the loss is {float(outputs['loss'])} since step {self._lost_at} at the latest: lower "
+                "optim.optimizer.lr, or lengthen its warm-up"
+            )
 
 
 class ResultFile(Callback):

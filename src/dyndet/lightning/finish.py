@@ -26,7 +26,7 @@ def finish(trainer: Trainer, module: DetectionModule, data: LightningDataModule,
     saved = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.is_file() else -1
     # The main process decides for all: saving waits for everyone.
     if trainer.strategy.broadcast(saved) != trainer.global_step:
-        trainer.save_checkpoint(last)
+        trainer.save_checkpoint(last, weights_only=False)
     if module.validated_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
 

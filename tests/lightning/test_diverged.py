@@ -1,0 +1,49 @@
+"""A run whose loss is no longer a number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dyndet.config import compose_experiment
+from dyndet.lightning.callbacks import DivergedError
+from dyndet.models.detectors.dense import DenseDetector
+from dyndet.structures import Losses
+from dyndet.train import train
+
+TINY = [
+    "data.size=64", "data.train_images=24", "data.val_images=4", "data.batch_size=4", "trainer.accelerator=cpu",
+    "neck.channels=16", "head=plain_small", "head.num_convs=1", "trainer.max_epochs=2", "trainer.log_every_n_steps=2",
+    "~callbacks.progress",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [{8, 9, 10, 11, 12}, {8}], ids=["for good", "once"])
+def test_a_diverged_run_ends_and_keeps_its_last_good_checkpoint(
+    steps: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, calls = DenseDetector.losses, []
+
+    def diverging(self: DenseDetector, *args: Any) -> Losses:
+        calls.append(1)
+        result: Losses = losses(self, *args)
+        if len(calls) in steps:
+            for name in result.terms:
+                result.terms[name] = result.terms[name] + float("nan")  # leaves gradients as they are
+        return result
+
+    monkeypatch.setattr(DenseDetector, "losses", diverging)
+    config = compose_experiment("shapes_dyn", [*TINY, f"output_dir={tmp_path}"])
+    if len(steps) == 1:
+        train(config)
+        assert len(calls) == 12
+        return
+    with pytest.raises(DivergedError, match="the loss is nan since step 8 at the latest"):
+        train(config)
+    assert len(calls) == 10  # six steps are an epoch
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
