@@ -11,6 +11,10 @@ class DataError(UserError):
     """A dataset file, image or annotation that cannot be used."""
 
 
+class DivergedError(UserError):
+    """Training that cannot recover."""
+
+
 def reason(error: Exception) -> str:
     """What an exception of another library says, in one line; its kind where it says nothing."""
     lines = str(error).strip().splitlines()

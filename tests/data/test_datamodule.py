@@ -16,7 +16,7 @@ from dyndet.data.mosaic import Mosaic
 from dyndet.data.shapes import ShapesDataset
 from dyndet.data.transforms import RandomHorizontalFlip, Resize
 from dyndet.errors import DataError, UserError
-from dyndet.lightning.callbacks import ExactResume
+from dyndet.lightning.resume import ExactResume
 from dyndet.structures import Batch, Category
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dyndet.config import compose_experiment
-from dyndet.lightning.callbacks import DivergedError
+from dyndet.errors import DivergedError
 from dyndet.models.detectors.dense import DenseDetector
 from dyndet.structures import Losses
 from dyndet.train import train
