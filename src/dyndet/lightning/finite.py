@@ -11,18 +11,22 @@ from dyndet.errors import DivergedError
 
 
 class FiniteLoss(Callback):
-    """Ends a run whose loss is no longer a number, looking as often as losses are logged.
+    """Ends a run whose loss is no longer a number at two looks in a row: mixed precision overflows now and then.
 
-    Twice in a row: mixed precision overflows now and then, and recovers.
+    Args:
+        every: batches between looks, each of which waits for the GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._batches = 0
         self._lost_at: int | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.log_every_n_steps:
+        self._batches += 1
+        if self._batches % self.every:
             return
         if bool(torch.isfinite(outputs["loss"])):
             self._lost_at = None
