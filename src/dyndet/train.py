@@ -48,6 +48,8 @@ def train(config: DictConfig) -> dict[str, float]:
             schedule=build(config.optim.schedule),
             config=cast(dict[str, Any], OmegaConf.to_container(config)),  # unresolved: keys can be overridden later
         )
+        if checkpoint is not None:
+            check_resumable(checkpoint, module)
     if config.channels_last:
         nn.Module.to(module, memory_format=torch.channels_last)
     if config.compile:
@@ -59,8 +61,6 @@ def train(config: DictConfig) -> dict[str, float]:
         [build(item) for item in (config.get(group) or {}).values() if item is not None]
         for group in ("logger", "callbacks")
     )
-    if checkpoint is not None:
-        check_resumable(checkpoint, module)
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
