@@ -6,10 +6,10 @@ import functools
 import inspect
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dyndet.errors import UserError
@@ -60,11 +60,11 @@ def _source(config: DictConfig, key: Any) -> str:
 @functools.cache
 def _accepted(target: str) -> dict[Any, tuple[Any, ...]]:
     """What the target's simply typed arguments may be: kinds of `_WORDS`, or a Literal."""
-    called = get_object(target)
     try:
+        called = resolve_name(target)
         hints = get_type_hints(called.__init__ if inspect.isclass(called) else called)
-    except (NameError, TypeError):  # of another library, with names that exist for type checkers only
-        return {}
+    except (ImportError, AttributeError, ValueError, NameError, TypeError):
+        return {}  # no such target, which building explains; or names that exist for type checkers only
     kinds = {name: _alternatives(hint) for name, hint in hints.items() if name != "return"}
     return {name: kind for name, kind in kinds.items() if all(k in _WORDS or get_origin(k) is Literal for k in kind)}
 
