@@ -46,6 +46,8 @@ def check_arguments(config: Any) -> None:
             check_arguments(value)
         elif key in accepted and not any(_fits(value, kind) for kind in accepted[key]):
             shown = "null" if value is None else repr(value)
+            if int in accepted[key] and isinstance(value, float) and value.is_integer():
+                shown += f": write {int(value)}"
             wanted = " or ".join(_described(kind) for kind in accepted[key])
             raise UserError(f"{_source(config, key)} must be {wanted}, got {shown}")
 
@@ -53,7 +55,7 @@ def check_arguments(config: Any) -> None:
 def _source(config: DictConfig, key: Any) -> str:
     """The key that sets a value: where it refers to another, that one."""
     raw = OmegaConf.to_container(config, resolve=False)
-    link = re.fullmatch(r"\$\{([\w.]+)\}", str(raw[key])) if isinstance(raw, dict) else None
+    link = re.fullmatch(r"\$\{(\w[\w.]*)\}", str(raw[key])) if isinstance(raw, dict) else None
     return link.group(1) if link else str(config._get_full_key(key))
 
 

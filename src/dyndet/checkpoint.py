@@ -78,10 +78,12 @@ def _content(path: Path, key: str = "ckpt") -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path.resolve()}: set {key} to a file such as RUN/checkpoints/last.ckpt")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint: {reason(error)}") from error
     if not isinstance(content, dict) or "dyndet" not in content or "state_dict" not in content:
-        raise UserError(f"{path} was not written by dyndet.train")
+        raise UserError(
+            f"{path} was not written by dyndet.train; a released one first goes through python -m dyndet.convert"
+        )
     return content
 
 
@@ -99,7 +101,7 @@ def resume_path(config: DictConfig) -> str | None:
         run = latest_run(name)
         if run is None:
             raise UserError(f"ckpt_path=last: no run of {name!r} has a checkpoint under {Path('outputs').resolve()}")
-        return str(run / "checkpoints" / "last.ckpt")
+        wanted = run / "checkpoints" / "last.ckpt"
     if not Path(wanted).is_file():
         raise UserError(f"ckpt_path={wanted}: no such file; give a checkpoint or 'last'")
     if "optimizer_states" not in _content(Path(wanted), "ckpt_path"):
@@ -113,12 +115,14 @@ def check_resumable(path: str, module: nn.Module) -> None:
     Raises:
         UserError: if they are of another detector.
     """
-    saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    saved: dict[str, Tensor] = _content(Path(path), "ckpt_path")["state_dict"]
     expected = module.state_dict()
     odd = sorted(saved.keys() ^ expected.keys())
     odd += [name for name in saved.keys() & expected.keys() if saved[name].shape != expected[name].shape]
     if odd:
+        same = all("backbone" not in name.split(".") for name in odd)
         raise UserError(
             f"ckpt_path={path} is of another detector than this experiment: {len(odd)} tensors do not fit, such as "
-            f"{odd[0]}. A run goes on with the command that started it; init={path} takes what fits into a new one"
+            f"{odd[0]}. A run goes on with the command that started it"
+            + (f"; init={path} takes what fits into a new one" if same else "")
         )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -74,6 +75,8 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
             return _fail(str(error).rpartition(f"{type(error).__name__}: ")[2], verbose)
         except OmegaConfBaseException as error:
             return _fail(explain(error, sys.argv[1:], config_name), verbose)
+        except MisconfigurationException as error:  # options of the trainer that do not go together
+            return _fail(str(error), verbose)
 
     try:
         hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()

@@ -16,8 +16,8 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)  # finds out whether it is here
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = torch.device(str(name))
+        torch.zeros(1, device=device).tolist()  # finds out whether it is here
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"device={name} is not available: {reason(error)}") from error
     return device

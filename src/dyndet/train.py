@@ -38,8 +38,8 @@ def train(config: DictConfig) -> dict[str, float]:
         if config.init is not None and "weights" in config.backbone:
             config.backbone.weights = "none"  # they come from the checkpoint
         detector: Detector = build(config.detector)
-        if config.init is not None:
-            rank_zero_info(start_from(detector, config.init, config))
+        if config.init is not None and checkpoint is None:
+            rank_zero_info(start_from(detector, str(config.init), config))
         kind = JointModule if isinstance(detector, CascadeDetector) else DetectionModule
         module = kind(
             detector,

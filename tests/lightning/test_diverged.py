@@ -1,4 +1,4 @@
-"""A run whose loss is no longer a number."""
+"""Runs that diverge."""
 
 from __future__ import annotations
 
@@ -41,9 +41,20 @@ def test_a_diverged_run_ends_and_keeps_its_last_good_checkpoint(
         train(config)
         assert len(calls) == 12
         return
-    with pytest.raises(DivergedError, match="the loss is nan since step 8 at the latest"):
+    with pytest.raises(DivergedError, match="the loss is no number since step 8 at the latest"):
         train(config)
     assert len(calls) == 10  # six steps are an epoch
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 6
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["trainer.max_epochs=8", "trainer.max_epochs=1", "trainer.max_steps=4", "callbacks.last.every_n_train_steps=3"],
+)
+def test_no_checkpoint_is_written_of_weights_that_are_no_numbers(end: str, tmp_path: Path) -> None:
+    wild = ["optim.optimizer.lr=1e30", "optim.schedule=null", "trainer.log_every_n_steps=0", end]
+    with pytest.raises(DivergedError, match=r"no numbers at step .* lower optim\.optimizer\.lr"):
+        train(compose_experiment("shapes_dyn", [*TINY, *wild, f"output_dir={tmp_path}"]))
+    assert not list(tmp_path.rglob("*.ckpt"))

@@ -37,14 +37,15 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_that_max_steps_stopped_goes_on_in_the_same_epoch(stopped: Path, tmp_path: Path) -> None:
-    assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     run(tmp_path / "whole", "trainer.max_steps=9")
-    run(tmp_path / "second", "trainer.max_steps=9", f"ckpt_path={stopped}/checkpoints/last.ckpt")
-    whole, second = content(tmp_path / "whole"), content(tmp_path / "second")
-    assert whole["global_step"] == second["global_step"] == 9
-    assert whole["epoch"] == second["epoch"]
-    for name, value in whole["state_dict"].items():
-        assert torch.equal(value, second["state_dict"][name]), name
+    whole = content(tmp_path / "whole")
+    for name in ("best", "last"):
+        run(tmp_path / name, "trainer.max_steps=9", f"ckpt_path={stopped}/checkpoints/{name}.ckpt")
+        resumed = content(tmp_path / name)
+        assert whole["global_step"] == resumed["global_step"] == 9
+        assert whole["epoch"] == resumed["epoch"]
+        for key, value in whole["state_dict"].items():
+            assert torch.equal(value, resumed["state_dict"][key]), (name, key)
 
 
 def test_a_run_starts_from_the_weights_of_another_data_set(stopped: Path, tmp_path: Path) -> None:
@@ -83,8 +84,14 @@ def test_weights_that_do_not_fit_are_refused(stopped: Path, tmp_path: Path, over
 
 def test_what_cannot_be_resumed_says_so(stopped: Path, tmp_path: Path) -> None:
     last = stopped / "checkpoints" / "last.ckpt"
-    with pytest.raises(UserError, match="is of another detector than this experiment"):
+    with pytest.raises(UserError, match=r"is of another detector than this experiment.*takes what fits"):
         run(tmp_path, f"ckpt_path={last}", "head.num_convs=2")
+    with pytest.raises(UserError, match=r"the command that started it$"):
+        run(tmp_path, f"ckpt_path={last}", "backbone=lite0", "backbone.weights=none")
+    (tmp_path / "cut.ckpt").write_bytes(last.read_bytes()[:50_000])
+    for key in ("ckpt_path", "init"):
+        with pytest.raises(UserError, match=r"cut\.ckpt cannot be read as a checkpoint"):
+            run(tmp_path, f"{key}={tmp_path}/cut.ckpt")
     released = {key: value for key, value in content(stopped).items() if key in ("dyndet", "state_dict")}
     torch.save(released, tmp_path / "converted.ckpt")  # what conversion writes
     with pytest.raises(UserError, match="holds no run to go on with: init="):
