@@ -56,9 +56,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
         if _at_max_steps(trainer):
-            places = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-            file = self.format_checkpoint_name({**trainer.callback_metrics, **places})
-            trainer.save_checkpoint(file, weights_only=False)
+            where = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+            metrics = {**trainer.callback_metrics, **{key: torch.tensor(value) for key, value in where.items()}}
+            trainer.save_checkpoint(self.format_checkpoint_name(metrics), weights_only=False)
             trainer.should_stop = True  # validates
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
