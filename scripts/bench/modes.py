@@ -88,7 +88,8 @@ class Scene:
 
     def path(self, reaches: Sequence[int]) -> str:
         plans = self.plans(self.active, reaches)
-        how = [choose(self.case.impl, plan.density, self.rows.dtype, self.rows.device) for plan in plans]
+        kind = self.case.channels, self.rows.dtype, self.rows.device
+        how = [choose(self.case.impl, plan.density, *kind) for plan in plans]
         return "+".join(dict.fromkeys(how))
 
     def at_active(self, rows: Tensor) -> Tensor:

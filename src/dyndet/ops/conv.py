@@ -56,7 +56,7 @@ def masked_conv(
     if density is None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
         density = float(mask.sum()) / max(1, mask.numel())
         whole = density == 1
-    how = choose(impl, density, autocast_dtype(inputs), inputs.device)
+    how = choose(impl, density, inputs.shape[1], autocast_dtype(inputs), inputs.device)
     if how == "dense" or inputs.is_meta:  # tensors without values, as used for counting, have no active rows
         outputs = F.conv2d(inputs, weight, bias, padding=1)
         return outputs if whole else outputs.masked_fill(~mask, 0)  # a product would keep NaN

@@ -69,7 +69,7 @@ def conv_work(x: Tensor, weight: Tensor, *, target: Plan, impl: Impl = "auto") -
 
 def how_to_convolve(impl: Impl, target: Plan, x: Tensor, weight: Tensor) -> Impl:
     """The execution that `conv_rows` takes: "dense", "gather" or "triton"."""
-    how = choose(impl, target.density, x.dtype, x.device)
+    how = choose(impl, target.density, x.shape[1], x.dtype, x.device)
     # Nine multiply-adds per value of a depthwise convolution do not pay for gathering nine values.
     return "dense" if how == "gather" and weight.shape[1] < x.shape[1] else how
 

@@ -31,13 +31,11 @@ def direct(registered: Any, forward: Function, setup: Function, backward: Functi
 
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(*args: Any) -> Any:
-            return forward(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        def forward(ctx: Any, *args: Any) -> Any:
             ctx.direct = True
-            setup(ctx, inputs, output)
+            output = forward(*args)
+            setup(ctx, args, output)
+            return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

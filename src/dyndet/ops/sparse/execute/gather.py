@@ -2,7 +2,8 @@
 
 Memory plan: rows are cut into chunks, and the gathered patches of a chunk fit a workspace that stays in cache and is
 used again. With nine rows per output, one workspace for all of them falls off a cliff: fresh pages cost more than the
-products. Products are written where they belong.
+products. Every product reads the whole weight, and its gradient is added to the whole of it: the larger the weight, the
+larger the chunks. Products are written where they belong.
 
 Backward: patches are gathered again; one product gives the weight's gradient, one the patches', which are added up
 where they came from. So every pass costs the multiply-adds of the active rows, none more.
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_WORKSPACE_BYTES = 2 << 20
+_LEAST_BYTES, _MOST_BYTES = 2 << 20, 8 << 20
+_WEIGHTS = 7  # a workspace has room for as many times the weight
 
 
 def taps(positions: Tensor, inverse: Tensor | None, neighbours: Tensor, count: int) -> Tensor:
@@ -52,7 +54,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, capacity
     out = x.new_empty(capacity + 1, len(weight))
     out[-1] = 0
     kernel = _matrix(weight).t()
-    for start, stop, patches in _patches(x, index, _WORKSPACE_BYTES):
+    for start, stop, patches in _patches(x, index, weight, x.dtype):
         if bias is None:
             torch.mm(patches, kernel, out=out[start:stop])
         else:
@@ -78,27 +80,31 @@ def conv_backward(
     grad_x = None
     if needs[0]:
         grad_x = into if into is not None and into.dtype == sums else torch.zeros_like(x, dtype=sums)
-    grad_kernel = weight.new_zeros(9 * channels, out_channels, dtype=sums) if needs[1] else None
+    grad_kernel = weight.new_zeros(out_channels, 9 * channels, dtype=sums) if needs[1] else None
     kernel = _matrix(weight)
-    workspace: Tensor | None = None
-    # Every chunk goes through the whole gradient of the weight: the larger that is, the fewer chunks.
-    most = min(max(_WORKSPACE_BYTES, 4 * weight.numel() * sums.itemsize), 4 * _WORKSPACE_BYTES)
-    for start, stop, patches in _patches(x, index, most):
+    products: Tensor | None = None
+    wide: Tensor | None = None
+    for start, stop, patches in _patches(x, index, weight, sums):
         part = grad[start:stop]
         if grad_kernel is not None:
             if sums == x.dtype:
-                grad_kernel.addmm_(patches.t(), part)
+                grad_kernel.addmm_(part.t(), patches)
             else:
-                grad_kernel += patches.t() @ part
+                grad_kernel += part.t() @ patches
         if grad_x is not None:
-            workspace = torch.empty_like(patches) if workspace is None else workspace
-            rows = torch.mm(part, kernel, out=workspace[: stop - start]).view(-1, channels).to(sums)
+            if products is None or wide is None:  # the first chunk is the largest
+                products = torch.empty_like(patches)
+                wide = products if sums == x.dtype else torch.empty_like(products, dtype=sums)
+            torch.mm(part, kernel, out=products[: stop - start])
+            if wide is not products:
+                wide[: stop - start] = products[: stop - start]
+            rows = wide[: stop - start].view(-1, channels)
             grad_x.scatter_add_(0, index[start:stop].view(-1, 1).expand_as(rows), rows)  # in parallel
     if grad_x is not None:
         grad_x[-1] = 0  # collected what fell outside
         grad_x = grad_x.to(x.dtype) if into is None or grad_x is into else into.add_(grad_x)
     if grad_kernel is not None:
-        grad_kernel = grad_kernel.t().reshape(out_channels, 3, 3, channels).permute(0, 3, 1, 2).to(weight.dtype)
+        grad_kernel = grad_kernel.view(out_channels, 3, 3, channels).permute(0, 3, 1, 2).to(weight.dtype)
     return grad_x, grad_kernel
 
 
@@ -107,10 +113,11 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
-def _patches(x: Tensor, index: Tensor, workspace_bytes: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Chunk by chunk: first and last + 1 row, and their patches (n, 9 C)."""
+def _patches(x: Tensor, index: Tensor, weight: Tensor, sums: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """Chunk by chunk: first and last + 1 row, and their patches (n, 9 C), no more than fit when cast to `sums`."""
     channels, count = x.shape[1], len(index)
-    most = max(64, workspace_bytes // (9 * channels * x.element_size()))
+    workspace_bytes = min(max(_LEAST_BYTES, _WEIGHTS * weight.numel() * sums.itemsize), _MOST_BYTES)
+    most = max(64, workspace_bytes // (9 * channels * sums.itemsize))
     workspace = x.new_empty(9 * min(most, count), channels)
     for start in range(0, count, most):
         stop = min(start + most, count)

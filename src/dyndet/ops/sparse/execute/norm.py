@@ -89,10 +89,12 @@ def normalise_backward(
         pivots = _pivots(x, bounds, groups)
         mean = mean - pivots.mean(2)
     runs = _runs(bounds)
+    if not runs:
+        return _empty(x, out), torch.zeros_like(weight), torch.zeros_like(weight)
     scale, _ = _affine(x, weight, weight)
     mean, rstd = mean.to(scale.dtype), rstd.to(scale.dtype)
-    of_affine: list[list[Tensor]] = [[], []]
-    out = torch.empty_like(x) if out is None and len(runs) != 1 else out
+    out = _empty(x, out) if len(runs) > 1 else out
+    of_affine: tuple[list[Tensor], list[Tensor]] = [], []
     for (first, number, start, length), part, of_part in zip(runs, _maps(x, runs), _maps(grad, runs), strict=True):
         segments = slice(first, first + number)
         if pivots is not None:
@@ -100,15 +102,11 @@ def normalise_backward(
         of_x, *of_both = torch.ops.aten.native_group_norm_backward(
             of_part, part, mean[segments], rstd[segments], scale, number, x.shape[1], length, groups, [True] * 3
         )
-        of_x = _rows(of_x)
-        if out is None:
-            out = of_x
-        else:
-            out[start : start + len(of_x)] = of_x
+        out = _written(_rows(of_x), out, start)
         for parts, value in zip(of_affine, of_both, strict=True):
             parts.append(value)
-    grad_weight, grad_bias = (torch.stack(parts).sum(0) if parts else torch.zeros_like(weight) for parts in of_affine)
-    return torch.empty_like(x) if out is None else out, grad_weight, grad_bias
+    of_weight, of_bias = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0) for parts in of_affine)
+    return _empty(x, out), of_weight, of_bias
 
 
 def _segment_norm(
@@ -116,36 +114,51 @@ def _segment_norm(
     out: Tensor | None, pivots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The normalised rows of every segment, mean (without pivot) and 1 / deviation."""
-    runs = _runs(bounds)
+    runs, segments = _runs(bounds), len(bounds) - 1
+    if not runs:
+        mean, rstd = x.new_zeros(2, segments, groups, dtype=_wide(x)).unbind()
+        return _empty(x, out), mean, rstd
     affine = _affine(x, weight, bias)
-    mean, rstd = x.new_zeros(2, len(bounds) - 1, groups, dtype=_wide(x)).unbind()
-    out = torch.empty_like(x) if out is None and len(runs) != 1 else out
+    out = _empty(x, out) if len(runs) > 1 else out
+    means, rstds = [], []
     for (first, number, start, length), part in zip(runs, _maps(x, runs), strict=True):
-        segments = slice(first, first + number)
         if pivots is not None:
-            part = part - pivots[segments].view(number, -1, 1, 1)
-        y, mean[segments], rstd[segments] = torch.native_group_norm(
-            part, *affine, number, x.shape[1], length, groups, eps
-        )
-        y = _rows(y)
-        if out is None:
-            out = y.relu_() if relu else y
-        else:
-            _write(y, out[start : start + len(y)], relu)
-    return torch.empty_like(x) if out is None else out, mean, rstd.clone()
+            part = part - pivots[first : first + number].view(number, -1, 1, 1)
+        y, mean, rstd = torch.native_group_norm(part, *affine, number, x.shape[1], length, groups, eps)
+        out = _written(_rows(y), out, start, relu)
+        means.append(mean)
+        rstds.append(rstd)
+    return _empty(x, out), _of_segments(means, runs, segments), _of_segments(rstds, runs, segments)
 
 
-def _write(values: Tensor, out: Tensor, relu: bool) -> None:
-    """Copies, and clips at 0 in the same pass."""
+def _empty(like: Tensor, out: Tensor | None) -> Tensor:
+    return torch.empty_like(like) if out is None else out
+
+
+def _written(values: Tensor, out: Tensor | None, start: int, relu: bool = False) -> Tensor:
+    """Rows, clipped at 0 if so wanted, copied to `out` from the row `start` on, or without one themselves."""
+    if out is None:
+        return values.relu_() if relu else values
+    rows = out[start : start + len(values)]
     if relu and values.dtype == out.dtype:
-        torch.clamp_min(values, 0, out=out)
-    elif values is not out:
-        out.copy_(values.relu_() if relu else values)
+        torch.clamp_min(values, 0, out=rows)  # in one pass
+    else:
+        rows.copy_(values.relu_() if relu else values)
+    return out
+
+
+def _of_segments(parts: list[Tensor], runs: Sequence[Run], segments: int) -> Tensor:
+    """Statistics of every run -> (S, groups), zero for segments without rows."""
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(values) == segments:
+        return values
+    index = [segment for first, number, *_ in runs for segment in range(first, first + number)]
+    return values.new_zeros(segments, values.shape[1]).index_copy_(0, torch.tensor(index, device=values.device), values)
 
 
 def _far(mean: Tensor, rstd: Tensor) -> bool:
     """Whether a mean lies so many deviations from 0 that torch's channels-last GroupNorm loses digits."""
-    return mean.numel() > 0 and bool((mean * rstd).abs().max() > 10)
+    return mean.numel() > 0 and float(torch.linalg.vector_norm(mean * rstd, float("inf"))) > 10
 
 
 def _pivots(x: Tensor, bounds: Sequence[int], groups: int) -> Tensor:
