@@ -66,10 +66,12 @@ def test_conv_rows(how: str, biased: bool) -> None:
 
 @pytest.mark.parametrize("stats", ["active", "position"])
 @pytest.mark.parametrize("relu", [True, False])
-def test_norm_rows(stats: str, relu: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_rows(stats: str, relu: bool, dtype: torch.dtype) -> None:
     s = setting()
+    tensors = (s[name].detach().to(dtype).requires_grad_() for name in ("active", "scale", "shift"))
     arguments = (
-        s["active"], s["scale"], s["shift"], s["plan"].positions, s["layout"].segment, s["plan"].offsets, 2, 1e-5,
+        *tensors, s["plan"].positions, s["layout"].segment, s["plan"].offsets, 2, 1e-5,
         stats, relu, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dyndet.norm_rows.default, arguments, test_utils=CHECKS)

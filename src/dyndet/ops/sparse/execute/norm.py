@@ -128,7 +128,8 @@ def _segment_norm(
         out = _written(_rows(y), out, start, relu)
         means.append(mean)
         rstds.append(rstd)
-    return _empty(x, out), _of_segments(means, runs, segments), _of_segments(rstds, runs, segments)
+    mean, rstd = (_of_segments(parts, runs, segments).to(_wide(x)) for parts in (means, rstds))
+    return _empty(x, out), mean, rstd
 
 
 def _empty(like: Tensor, out: Tensor | None) -> Tensor:
