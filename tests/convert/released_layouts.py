@@ -325,6 +325,8 @@ CVPODS = {
     "predictor.ignore_padding": False,
     "predictor.point_offset": 0.0,
     "predictor.score": "sqrt",
+    "predictor.postprocess.clip": "after",
+    "predictor.postprocess.candidates": "locations",
 }
 
 

@@ -43,6 +43,7 @@ def greedy(
     limit: int,
     rank: str,
     clip: str,
+    per_level: str,
 ) -> list[tuple[list[float], float, int]]:
     """Box, score and label of what is left of an image."""
     candidates = []
@@ -53,7 +54,7 @@ def greedy(
             for k in range(CLASSES)
         ]
         rows = sorted((row for row in rows if row[0] > threshold), key=lambda row: row[rank == "score"], reverse=True)  # type: ignore[arg-type]
-        candidates += rows[:topk]
+        candidates += rows[: topk if per_level == "scores" else min(topk, boxes.shape[1])]
 
     def cut(box: list[float]) -> list[float]:
         return [min(max(v, 0), most) for v, most in zip(box, [size[1], size[0]] * 2, strict=True)]
@@ -83,9 +84,10 @@ def greedy(
     st.sampled_from([2, 100]),
     st.sampled_from(["probability", "score"]),
     st.sampled_from(["before", "after"]),
+    st.sampled_from(["scores", "locations"]),
 )
 def test_against_a_greedy_loop(
-    seed: int, threshold: float, topk: int, suppress: float, limit: int, rank: str, clip: str
+    seed: int, threshold: float, topk: int, suppress: float, limit: int, rank: str, clip: str, candidates: str
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     sizes = [(64, 64), (40, 50)]
@@ -104,12 +106,14 @@ def test_against_a_greedy_loop(
         max_detections=limit,
         rank=rank,  # type: ignore[arg-type]
         clip=clip,  # type: ignore[arg-type]
+        candidates=candidates,  # type: ignore[arg-type]
     )
     found = postprocess(levels, images(*sizes))
     for image, size in enumerate(sizes):
         expected = greedy(
-            levels, image, size, threshold=threshold, topk=topk, suppress=suppress, limit=limit, rank=rank, clip=clip
-        )
+            levels, image, size, threshold=threshold, topk=topk, suppress=suppress, limit=limit, rank=rank, clip=clip,
+            per_level=candidates,
+        )  # fmt: skip
         assert found[image].labels.tolist() == [k for _, _, k in expected]
         assert found[image].scores.tolist() == [score for _, score, _ in expected]
         if expected:
@@ -148,6 +152,22 @@ def test_every_level_has_its_own_top_k() -> None:
     assert found.scores.tolist() == pytest.approx([0.9, 0.2])
 
 
+@pytest.mark.parametrize(
+    ("topk", "candidates", "kept"),
+    [
+        (1000, "scores", [0.95, 0.9, 0.85, 0.8]),
+        (1000, "locations", [0.95, 0.9, 0.85]),  # of three locations with two classes, the best three pairs
+        (2, "locations", [0.95, 0.9]),
+    ],
+)
+def test_a_level_may_have_no_more_candidates_than_locations(topk: int, candidates: str, kept: list[float]) -> None:
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]]])
+    scores = torch.tensor([[[0.95, 0.9], [0.85, 0.8], [0.01, 0.02]]])
+    postprocess = Postprocess(topk=topk, candidates=candidates)  # type: ignore[arg-type]
+    (found,) = postprocess([(scores, scores, boxes)], images((64, 64)))
+    assert found.scores.tolist() == pytest.approx(kept)
+
+
 def test_thresholds_are_exceeded_not_reached() -> None:
     rows = level([[0, 0, 10, 10], [20, 0, 30, 10]], [0.5, 0.25], [0.5, 0.9])
     (found,) = Postprocess(score_threshold=0.25)([rows], images((64, 64)))
@@ -178,7 +198,14 @@ def test_nothing_above_the_threshold() -> None:
     assert found.labels.dtype == torch.int64
 
 
-@pytest.mark.parametrize(("key", "allowed"), [("rank", "'probability' or 'score'"), ("clip", "'before' or 'after'")])
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("rank", "'probability' or 'score'"),
+        ("clip", "'before' or 'after'"),
+        ("candidates", "'scores' or 'locations'"),
+    ],
+)
 def test_unknown_conventions_are_named(key: str, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"{key} must be {allowed}, got 'never'"):
         Postprocess(**{key: "never"})  # type: ignore[arg-type]

@@ -72,6 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fcos_detectron2": {
         "padding": False, "point": 0.5, "score": "sqrt", "activation": "relu", "loss": "giou", "weighting": "uniform",
         "radius": 1.5, "strict": True, "mode": "ema", "start": 300.0, "threshold": 0.2, "nms": 0.6, "base": 64,
+        "clip": "after",
     },
 }  # fmt: skip
 

@@ -9,7 +9,8 @@
 Backbone and FPN are called as in detectron2, on which cvpods builds. The ResNet is MSRA's: blue first, mean colour
 only, stride in the 1x1. Gates (tau 1.5), norms at inference (over executed positions) and points (corners of cells)
 follow the experiment and the published mode, which no tensor tells; nor do they tell the weight of the budget, so that
-the three dynamic D8 releases all become `fcos_d8_dyn`.
+the three dynamic D8 releases all become `fcos_d8_dyn`. Detections are selected as published: a level has no more
+candidates than locations, and boxes are cut to the image after NMS.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ def recognise(shapes: Shapes) -> bool:
 def recipe(source: Source) -> Recipe:
     """The experiment of a release."""
     shapes = source.shapes
-    settings: dict[str, Any] = resnet_settings(shapes) | {"predictor.ignore_padding": False}
+    settings: dict[str, Any] = resnet_settings(shapes) | {
+        "predictor.ignore_padding": False,
+        "predictor.postprocess.clip": "after",
+        "predictor.postprocess.candidates": "locations",
+    }
     note = ""
     depth = count(shapes, _SUBNET + "depth_module")
     if has(shapes, _SUBNET + "dynamic_convs"):

@@ -23,6 +23,8 @@ class Postprocess:
         rank: the `topk` of a level are the best by "probability" of the class, or by final "score" among those above
             the threshold.
         clip: "before" NMS boxes are cut to the image, or "after" it.
+        candidates: pairs of location and class are candidates. "scores": a level has at most `topk` of them;
+            "locations": nor has it more than locations (the authors of the fine-grained head, on coarse levels).
     """
 
     def __init__(
@@ -34,11 +36,14 @@ class Postprocess:
         max_detections: int = 100,
         rank: Literal["probability", "score"] = "probability",
         clip: Literal["before", "after"] = "before",
+        candidates: Literal["scores", "locations"] = "scores",
     ) -> None:
         if rank not in ("probability", "score"):
             raise ValueError(f"rank must be 'probability' or 'score', got {rank!r}")
         if clip not in ("before", "after"):
             raise ValueError(f"clip must be 'before' or 'after', got {clip!r}")
+        if candidates not in ("scores", "locations"):
+            raise ValueError(f"candidates must be 'scores' or 'locations', got {candidates!r}")
         for key, value in (("topk", topk), ("max_detections", max_detections)):
             if value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
@@ -48,6 +53,7 @@ class Postprocess:
         self.max_detections = max_detections
         self.rank = rank
         self.clip = clip
+        self.candidates = candidates
 
     def __call__(self, levels: Sequence[tuple[Tensor, Tensor, Tensor]], images: ImageBatch) -> list[Detections]:
         """Finishes a batch.
@@ -67,7 +73,8 @@ class Postprocess:
         for probabilities, finals, places in levels:
             probability, final = probabilities[index].flatten(), finals[index].flatten()
             ranking = probability if self.rank == "probability" else final.where(probability > self.score_threshold, -1)
-            order = ranking.topk(min(self.topk, len(ranking)))[1]
+            most = len(ranking) if self.candidates == "scores" else len(places[index])
+            order = ranking.topk(min(self.topk, most))[1]
             order = order[probability[order] > self.score_threshold]
             num_classes = probabilities.shape[-1]
             boxes.append(places[index][order // num_classes])
