@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from released_layouts import RELEASES, marked
+from torch import Tensor
 
-from dyndet.config import compose_command
+from dyndet.config import build, compose_command, compose_experiment
 from dyndet.convert import read_release
 from dyndet.convert.__main__ import convert
 from dyndet.convert.read import read_source
 from dyndet.errors import UserError
+from dyndet.structures import ImageBatch
 
 RAN: list[str] = []
 
@@ -176,17 +179,53 @@ def test_another_experiment(tmp_path: Path) -> None:
         read_release(file, "fcos_d4_dynamic")
 
 
-def test_pixels_in_the_file_are_checked(tmp_path: Path) -> None:
+def with_pixels(file: Path, mean: Tensor, std: Tensor) -> Path:
+    weights = marked(RELEASES["authors dyhead atss"].shapes) | {"pixel_mean": mean, "pixel_std": std}
+    torch.save({"model": weights}, file)
+    return file
+
+
+def test_pixels_in_the_file_are_taken_over(tmp_path: Path) -> None:
     file = tmp_path / "release.pth"
-    weights = marked(RELEASES["authors dyhead atss"].shapes)
-    weights["pixel_mean"] = torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)
-    weights["pixel_std"] = torch.ones(3, 1, 1)
-    torch.save({"model": weights}, file)
-    assert "pixel_mean" in read_release(file).report.unused
-    weights["pixel_mean"] = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
-    torch.save({"model": weights}, file)
-    with pytest.raises(UserError, match="pixel_mean"):
-        read_release(file)
+    usual = torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)
+    converted = read_release(with_pixels(file, usual, torch.ones(3, 1, 1)))
+    assert "pixel_mean" in converted.report.unused and not converted.note
+    assert not any(override.startswith("preprocess.") for override in converted.overrides)
+
+    mean, std = torch.tensor([100.0, 110.5, 130.25]), torch.tensor([57.375, 57.12, 58.395])
+    converted = read_release(with_pixels(file, mean.view(3, 1, 1), std))
+    keys = [override.partition("=")[0] for override in converted.overrides]
+    assert keys.count("preprocess.mean") == keys.count("preprocess.std") == 1
+    for preprocess in (
+        build(converted.config.preprocess),
+        build(compose_experiment(converted.experiment, converted.overrides).preprocess),
+    ):
+        assert preprocess.bgr  # as before
+        image = ImageBatch.of([torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)])
+        expected = (torch.tensor([30.0, 20.0, 10.0]) - mean) / std
+        torch.testing.assert_close(preprocess(image)[0, :, 5, 5], expected)
+
+
+def test_the_usual_pixels_in_reverse_are_pointed_out(tmp_path: Path) -> None:
+    reverse = torch.tensor([123.675, 116.28, 103.53])
+    converted = read_release(with_pixels(tmp_path / "release.pth", reverse, torch.ones(3)))
+    assert [255 * value for value in converted.config.preprocess.mean] == pytest.approx(reverse.tolist())
+    assert "pixel_mean" in converted.note and "preprocess.bgr" in converted.note
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "words"),
+    [
+        ([100.0], [1.0, 1.0, 1.0], r"pixel_mean is \[100\.0\], not three numbers"),
+        ([1.0] * 12, [1.0, 1.0, 1.0], r"pixel_mean is of shape \(12,\), not three numbers"),
+        ([100.0, math.nan, 100.0], [1.0, 1.0, 1.0], "pixel_mean is .*nan.*, not three numbers"),
+        ([100.0, 100.0, 100.0], [1.0, 0.0, 1.0], "pixel_std is .*, not three positive numbers"),
+    ],
+)
+def test_pixels_that_make_no_sense_are_refused(mean: list[float], std: list[float], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        read_release(with_pixels(tmp_path / "release.pth", torch.tensor(mean), torch.tensor(std)))
+    assert "\n" not in str(error.value)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ NAME = "cvpods"
 _SUBNET = r"head\.(?:cls|bbox)_subnet\.(\d+)\."
 _DROPPED = (
     COUNTERS,
-    drop(r"pixel_(mean|std)", "checked against the experiment"),
+    drop(r"pixel_(mean|std)", "taken over by preprocess"),
     drop(r"shift_generator\..+", "points follow from the experiment"),
 )
 

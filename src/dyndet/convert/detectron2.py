@@ -7,8 +7,8 @@
 | DyHead + Faster R-CNN R50, Faster R-CNN | `roi_heads.box_predictor`, with or without `dyhead_tower` |
 
 Tensors do not tell the channel order, the place of a stride or the padding divisor: ResNets are taken for MSRA's (blue
-first, mean colour only, stride in the 1x1), as all configurations of these releases have them. `pixel_mean`, where the
-file has it, must agree. Anchors are ordered and centred as the experiment says.
+first, mean colour only, stride in the 1x1), as all configurations of these releases have them. `pixel_mean` and
+`pixel_std` are taken over where the file has them. Anchors are ordered and centred as the experiment says.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOWER = r"backbone\.dyhead_tower\."
 _DROPPED = (
     COUNTERS,
     drop(r".*anchor_generator\.cell_anchors\.\d+", "anchors follow from the experiment"),
-    drop(r"pixel_(mean|std)", "checked against the experiment"),
+    drop(r"pixel_(mean|std)", "taken over by preprocess"),
     drop(r".*\.attn\.relative_position_index", "follows from the window size"),
     drop(r".*\.attn_mask", "follows from the size of the map"),
 )

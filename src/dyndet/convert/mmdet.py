@@ -36,7 +36,7 @@ _R101 = {
 
 _DROPPED = (
     drop(r".*\.relative_position_index", "follows from the window size"),
-    drop(r"data_preprocessor\.(mean|std)", "checked against the configuration"),
+    drop(r"data_preprocessor\.(mean|std)", "taken over by preprocess"),
     drop(r"(ema_model|ema_).*", "a moving average of training"),
 )
 _RESNET = (Rule(r"backbone\.(conv1|bn1|layer\d)\.(.+)", r"backbone.body.\1.\2"),)

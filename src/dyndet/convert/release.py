@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +15,8 @@ from dyndet.config import build, compose_experiment
 from dyndet.convert import cbnet, cvpods, detectron2, dynamicdet, mmdet
 from dyndet.convert.coco import categories_for
 from dyndet.convert.engine import Report, apply_rules
-from dyndet.convert.read import Source, read_source
+from dyndet.convert.pixels import pixel_settings
+from dyndet.convert.read import read_source
 from dyndet.convert.recipe import FILLS, Recipe
 from dyndet.errors import UserError
 from dyndet.structures import Category
@@ -94,8 +94,10 @@ def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = Fa
     config = compose_experiment(name, recipe.options)
     if "weights" in config.backbone:
         config.backbone.weights = "none"
+    known = {key: recipe.settings.get(key, _current(config, key)) for key in ("preprocess.mean", "preprocess.std")}
+    pixels, remarks = pixel_settings(source, known)
+    recipe = replace(recipe, settings={**recipe.settings, **pixels}, remarks=[*recipe.remarks, *remarks])
     overrides = [*recipe.options, *_adapt(config, recipe, source.path)]
-    _check_pixels(source, config)
     with torch.device("meta"):
         expected = build(config.detector).state_dict()
     what = f"{path} ({module.NAME}) does not fit {name}"
@@ -165,19 +167,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _check_pixels(source: Source, config: DictConfig) -> None:
-    """Where a file keeps mean and std as tensors, they are ours."""
-    settings = cast(Mapping[str, Any], OmegaConf.to_container(config.preprocess))
-    for key in ("mean", "std"):
-        for name in (f"pixel_{key}", f"data_preprocessor.{key}"):
-            if name in source.weights:
-                theirs = source.weights[name].flatten().double() / 255
-                ours = torch.tensor(settings[key], dtype=torch.float64)
-                if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
-                    raise UserError(
-                        f"{source.path} was trained with {name} {[round(255 * x, 3) for x in theirs.tolist()]}, but "
-                        f"{config.name} has {[round(255 * x, 3) for x in settings[key]]}: set experiment=NAME to one "
-                        "that has them"
-                    )
