@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_detector", "load_detector"]
+__all__ = ["__version__", "build_detector", "load_detector", "load_release"]
 
 if TYPE_CHECKING:
     from dyndet.api import build_detector, load_detector
+    from dyndet.convert import load_release
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from dyndet import api
 
         return getattr(api, name)
+    if name == "load_release":
+        from dyndet import convert
+
+        return convert.load_release
     raise AttributeError(f"module 'dyndet' has no attribute {name!r}")

@@ -11,10 +11,12 @@ from omegaconf import OmegaConf
 from released_layouts import RELEASES, Release, marked
 from torch import Tensor, nn
 
+import dyndet
 from dyndet import build_detector
 from dyndet.config import build
-from dyndet.convert import Converted, convert_checkpoint, read_release
+from dyndet.convert import Converted, read_release
 from dyndet.convert.coco import coco_categories
+from dyndet.errors import UserError
 
 
 def write(folder: Path, release: Release, weights: dict[str, Tensor] | None = None) -> Path:
@@ -160,11 +162,26 @@ def test_scales_are_in_level_order(tmp_path: Path) -> None:
     assert converted.state_dict["predictor.scales"].tolist() == [1, 2, 3, 4, 5]
 
 
-def test_two_values_for_an_experiment_as_it_is(tmp_path: Path) -> None:
-    experiment, weights = convert_checkpoint(write(tmp_path, RELEASES["mmdet atss_r50"]))
-    with torch.device("meta"):
-        detector = build_detector(experiment)
-    detector.load_state_dict(weights, strict=True, assign=True)
+@pytest.mark.parametrize("name", ["mmdet atss_r50", "fcos dynamic D4"])
+def test_one_call_from_a_release_to_a_detector(name: str, tmp_path: Path) -> None:
+    """The second needs overrides, without which a strict load succeeds and computes something else."""
+    file = write(tmp_path, RELEASES[name])
+    detector, converted = dyndet.load_release(file), read_release(file)
+    assert not detector.training
+    weights = detector.state_dict()
+    assert weights.keys() == converted.state_dict.keys()
+    assert all(torch.equal(weights[key], value) for key, value in converted.state_dict.items())
+    expected = build(converted.config.detector)
+    assert torch.equal(detector.preprocess.mean, expected.preprocess.mean)
+    assert detector.preprocess.bgr == expected.preprocess.bgr
+    assert vars(detector.predictor.postprocess) == vars(expected.predictor.postprocess)  # type: ignore[union-attr]
+    if name == "fcos dynamic D4":
+        assert detector.predictor.postprocess.candidates == "locations"  # type: ignore[union-attr]
+
+
+def test_weights_without_their_settings_are_no_longer_handed_out() -> None:
+    with pytest.raises(UserError, match=r"use dyndet\.load_release\(path\)"):
+        from dyndet.convert import convert_checkpoint  # type: ignore[attr-defined]  # noqa: F401
 
 
 def test_overrides_make_the_same_detector(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Converted", "convert_checkpoint", "read_release", "save_release"]
+__all__ = ["Converted", "load_release", "read_release", "save_release"]
 
 if TYPE_CHECKING:
-    from dyndet.convert.release import Converted, convert_checkpoint, read_release, save_release
+    from dyndet.convert.release import Converted, load_release, read_release, save_release
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from dyndet.convert import release
 
         return getattr(release, name)
+    if name == "convert_checkpoint":
+        from dyndet.errors import UserError
+
+        raise UserError("convert_checkpoint left out settings that its weights need: use dyndet.load_release(path)")
     raise AttributeError(f"module 'dyndet.convert' has no attribute {name!r}")

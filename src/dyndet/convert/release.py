@@ -11,6 +11,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from dyndet.api import detector_from
+from dyndet.checkpoint import Checkpoint
 from dyndet.config import build, compose_experiment
 from dyndet.convert import cbnet, cvpods, detectron2, dynamicdet, mmdet
 from dyndet.convert.coco import categories_for
@@ -19,6 +21,7 @@ from dyndet.convert.pixels import pixel_settings
 from dyndet.convert.read import read_source
 from dyndet.convert.recipe import FILLS, Recipe
 from dyndet.errors import UserError
+from dyndet.models.detectors.base import Detector
 from dyndet.structures import Category
 
 SOURCES = (cbnet, mmdet, cvpods, detectron2, dynamicdet)
@@ -53,19 +56,29 @@ class Converted:
     note: str = ""
 
 
-def convert_checkpoint(
-    path: str | Path, experiment: str = "auto", trust: bool = False
-) -> tuple[str, dict[str, Tensor]]:
-    """The experiment of a release and its weights, for `build_detector(experiment)`.
+def load_release(
+    path: str | Path,
+    experiment: str = "auto",
+    *,
+    trust: bool = False,
+    impl: str | None = None,
+    speed: str | None = None,
+    fuse: bool = False,
+) -> Detector:
+    """A released detector with its weights and all that its experiment sets otherwise, in eval mode.
 
-    A release that differs from its experiment in structure (depth, number of classes) also needs the overrides that
-    `read_release` returns; so does one with other pixels to give the right answers.
+    What its labels mean is in `read_release(path).categories`.
+
+    Args:
+        path: as `read_release`, likewise `experiment` and `trust`.
+        impl: as `dyndet.load_detector`, likewise `speed` (a release has no calibration) and `fuse`.
 
     Raises:
-        UserError: as `read_release`.
+        UserError: as `read_release` and `dyndet.load_detector`.
     """
     converted = read_release(path, experiment, trust=trust)
-    return converted.experiment, converted.state_dict
+    checkpoint = Checkpoint(converted.config, converted.categories, converted.state_dict)
+    return detector_from(checkpoint, impl=impl, speed=speed, fuse=fuse)
 
 
 def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = False) -> Converted:
