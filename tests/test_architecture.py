@@ -18,7 +18,7 @@ LAYERS = [
     ("data",),
     ("metrics", "report"),
     ("lightning",),
-    ("arguments", "config", "command", "device", "checkpoint", "speed", "api", "conf"),
+    ("arguments", "config", "command", "device", "trusted", "checkpoint", "speed", "api", "conf"),
     ("initial", "train", "step2", "evaluate", "predict", "calibrate", "convert", "report.__main__"),
 ]
 MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

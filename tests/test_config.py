@@ -17,6 +17,7 @@ from dyndet.config import build, compose_experiment
 from dyndet.device import device_of
 from dyndet.errors import UserError
 from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.trusted import check_stored
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -31,6 +32,7 @@ def composed(experiment: str) -> DictConfig:
 def test_experiment_builds(experiment: str) -> None:
     config = composed(experiment)
     assert config.name == experiment
+    check_stored(config, source="its checkpoint")  # which needs no trust
     with torch.device("meta"):
         detector = build_detector(experiment)
     parts = [detector.first, detector.second] if isinstance(detector, CascadeDetector) else [detector]

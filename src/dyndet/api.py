@@ -33,7 +33,12 @@ def build_detector(experiment: str | None = None, overrides: Sequence[str] = ())
 
 
 def load_detector(
-    checkpoint: str | Path, *, impl: str | None = None, speed: str | None = None, fuse: bool = False
+    checkpoint: str | Path,
+    *,
+    impl: str | None = None,
+    speed: str | None = None,
+    fuse: bool = False,
+    trust: bool = False,
 ) -> Detector:
     """A trained detector, in eval mode.
 
@@ -43,12 +48,13 @@ def load_detector(
         speed: for instance "macs:60e9" or "easy", see `dyndet.speed`; None leaves it as trained.
         fuse: fold norms and parallel branches into convolutions where a part can (YOLO); it computes the same, faster,
             and cannot train.
+        trust: build whatever the file names, which can run any code: your own parts, say.
 
     Raises:
-        UserError: if the file is not a checkpoint of ours, has no sparse operations to run by `impl`, or cannot run at
-            this speed.
+        UserError: if the file is not a checkpoint of ours, names other parts than ours and is not trusted, has no
+            sparse operations to run by `impl`, or cannot run at this speed.
     """
-    return detector_from(read_checkpoint(checkpoint), impl=impl, speed=speed, fuse=fuse)
+    return detector_from(read_checkpoint(checkpoint, trust=trust), impl=impl, speed=speed, fuse=fuse)
 
 
 def detector_from(

@@ -41,7 +41,7 @@ from dyndet.structures import ImageBatch
 
 def calibrate(config: DictConfig) -> Calibration:
     """Measures, prints, and stores."""
-    saved = read_checkpoint(config.ckpt)
+    saved = read_checkpoint(config.ckpt, trust=config.trust)
     device = device_of(config.device)
     if config.data.batch_size is not None:
         saved.config.data.val_batch_size = None  # there is one batch size here

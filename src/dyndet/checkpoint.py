@@ -1,4 +1,4 @@
-"""Reading checkpoints: as a detector to use, or as a run to go on with. Nothing in a file is ever executed."""
+"""Reading checkpoints: as a detector to use, or as a run to go on with. No code of a file runs unless trusted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from dyndet.command import latest_run
 from dyndet.errors import UserError, reason
 from dyndet.structures import Category
+from dyndet.trusted import check_stored
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,30 @@ class Checkpoint:
     calibration: dict[str, Any] | None = None
 
 
-def read_checkpoint(path: str | Path, *, key: str = "ckpt") -> Checkpoint:
+def read_checkpoint(path: str | Path, *, key: str = "ckpt", trust: bool = False) -> Checkpoint:
     """Reads a checkpoint.
 
     Args:
         path: the file.
         key: what sets it, for messages.
+        trust: let its configuration name any code, which runs when the detector or the data are built.
 
     Raises:
-        UserError: if the file is missing, damaged, not ours, or holds anything but plain data.
+        UserError: if the file is missing, damaged, not ours, or holds anything but plain data; if its configuration
+            names more than dyndet's parts and is not trusted, see `dyndet.trusted`.
     """
     content = _content(Path(path), key)
     extra = content["dyndet"]
+    try:
+        config = DictConfig(extra["config"])
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{path} holds a damaged configuration: {reason(error)}") from error
+    if trust is not True:  # trust=no is a word, and true
+        check_stored(config, source=path)
     prefix = "detector."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     return Checkpoint(
-        DictConfig(extra["config"]),
+        config,
         [Category(item["id"], item["name"]) for item in extra["categories"]],
         weights,
         extra.get("calibration"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dyndet.api import detector_from
 from dyndet.checkpoint import read_checkpoint
@@ -37,7 +37,7 @@ from dyndet.speed import cascade_settings
 
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Validates a checkpoint on its data and returns the metrics, as training would have printed them."""
-    saved = read_checkpoint(config.ckpt)
+    saved = read_checkpoint(config.ckpt, trust=config.trust)
     if config.data.batch_size is not None:
         saved.config.data.val_batch_size = None  # there is one batch size here
     fill(saved.config.data, config.data, "data")
@@ -51,7 +51,10 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise UserError(f"timing={config.timing}: this detector's head has no sparse execution to compare")
     module = DetectionModule(detector, categories=data.categories)
     collected = Collect(data.categories)
-    config.trainer.precision = config.trainer.precision or saved.config.trainer.precision
+    precision = config.trainer.precision or saved.config.trainer.precision
+    if OmegaConf.is_config(precision):  # the trainer would build it, and of a file's trainer nothing is checked
+        raise UserError(f"{config.ckpt}: trainer.precision must be a word or a number: set trainer.precision=32-true")
+    config.trainer.precision = precision
     trainer: Trainer = build(config.trainer, callbacks=[Progress(), collected])
     trainer.validate(module, data, verbose=False)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}

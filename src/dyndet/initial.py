@@ -20,12 +20,12 @@ def start_from(detector: nn.Module, path: str | Path, config: DictConfig) -> str
     Args:
         detector: to fill.
         path: written by `dyndet.train` or `dyndet.convert`.
-        config: the experiment of the detector.
+        config: the experiment of the detector; its `trust` is for the file.
 
     Raises:
         UserError: if the file is no checkpoint, its backbone is another one, or it was trained on other pixels.
     """
-    saved = read_checkpoint(path, key="init")
+    saved = read_checkpoint(path, key="init", trust=config.trust)
     expected = detector.state_dict()
     fits = {
         key: value for key, value in saved.weights.items() if key in expected and value.shape == expected[key].shape

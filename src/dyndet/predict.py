@@ -29,7 +29,7 @@ from dyndet.structures import Category, Detections
 
 def predict(config: DictConfig) -> Path:
     """Runs a checkpoint over images and returns the folder with the results."""
-    saved = read_checkpoint(config.ckpt)
+    saved = read_checkpoint(config.ckpt, trust=config.trust)
     paths = find_images(config.source)
     device = device_of(config.device)
     detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse).to(device)

@@ -44,7 +44,7 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
     if "weights" in config.backbone:
         config.backbone.weights = "none"  # they come from the checkpoint
     detector: CascadeDetector = build(config.detector)
-    load_detectors(detector, config.init, data)
+    load_detectors(detector, config.init, data, trust=config.trust)
     lessons = None
     if config.router.cached:
         device = _own_device(config.trainer.accelerator, config.trainer.devices)
@@ -81,13 +81,13 @@ def _check_order() -> None:
         )
 
 
-def load_detectors(detector: CascadeDetector, init: str, data: DetectionDataModule) -> None:
+def load_detectors(detector: CascadeDetector, init: str, data: DetectionDataModule, *, trust: bool = False) -> None:
     """Takes everything but the router from a checkpoint of step 1.
 
     Raises:
         UserError: if there is none, or it is of something else.
     """
-    saved = read_checkpoint(init, key="init")
+    saved = read_checkpoint(init, key="init", trust=trust)
     if saved.categories != data.categories:
         raise UserError(f"init={init} was trained on other categories than those of the data: {saved.categories}")
     weights = {name: value for name, value in saved.weights.items() if not name.startswith("router.")}
