@@ -29,6 +29,7 @@ def conv_weight_grad(
     neighbours: Tensor,
     offsets: Tensor,
     *,
+    tf32: bool = False,
     density: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and bias of `conv`. Three launches.
@@ -40,6 +41,7 @@ def conv_weight_grad(
         inverse: (P+1,) int32 of the plan of x; None when x is the whole map.
         neighbours: (P, 9) int32.
         offsets: (S+1,) int32 of the output's plan.
+        tf32: let float32 use tensor cores, see `conv`; the bias gradient is summed in float32 either way.
         density: expected share of active positions; chooses the tile, never the result.
 
     Returns:
@@ -51,7 +53,7 @@ def conv_weight_grad(
     x, grad = check_rows(x), check_rows(grad, like=x)
     inputs, outputs, total = x.shape[1], grad.shape[1], positions.shape[0]
     place_of = target(x.device)
-    tile = configs.tile(configs.WEIGHT_GRAD, place_of, x.dtype, total, density, tf32=False)
+    tile = configs.tile(configs.WEIGHT_GRAD, place_of, x.dtype, total, density, tf32)
     tile = configs.shrink(tile, rows=outputs, columns=inputs)
     blocks = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, tile.columns)
     splits = configs.row_splits(place_of, tile, 9 * blocks)
@@ -73,6 +75,7 @@ def conv_weight_grad(
         offsets.shape[0] - 1,
         inputs=inputs,
         outputs=outputs,
+        precision="tf32" if tf32 else "ieee",
         block_rows=tile.rows,
         block_columns=tile.columns,
         block_depth=tile.depth,
@@ -97,6 +100,7 @@ def weight_grad_gemm(
     segments,
     inputs: tl.constexpr,
     outputs: tl.constexpr,
+    precision: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
     block_depth: tl.constexpr,
@@ -128,7 +132,7 @@ def weight_grad_gemm(
         )
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
+        total = tl.dot(tl.trans(left), right, total, input_precision=precision)
     address = (output[:, None] * 9 + tap) * inputs + channel[None, :]
     tl.store(partial + address, total, mask=(output < outputs)[:, None] & (channel < inputs)[None, :])
 

@@ -226,7 +226,7 @@ def _numbers(kind: Callable[[str], Any], least: float, most: float = float("inf"
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     chosen = list(cases(arguments))
-    # The dense side at its best, and in the precision of the sparse one.
+    # The dense side at its best; float32 in full on both sides, which are compared.
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

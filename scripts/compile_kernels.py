@@ -5,8 +5,8 @@
 The launchers run on meta tensors, which records each launch with the constants, warps and stages that it would use on
 that architecture; each is compiled and disassembled with the tools inside the Triton package. Exits with 1 when a
 kernel spills, takes more registers or shared memory than there are, or misses the instructions it is fast through:
-tensor cores in the matrix products of 16-bit types, asynchronous copies in the gathered one. This proves that kernels
-compile and what they take, not that they are right or fast.
+tensor cores in the matrix products of 16-bit types and of TF32, asynchronous copies in the gathered one. This proves
+that kernels compile and what they take, not that they are right or fast.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Report:
             yield f"takes {self.registers} registers"
         if self.shared > SHARED_MEMORY[self.sm]:
             yield f"takes {self.shared} bytes of shared memory, there are {SHARED_MEMORY[self.sm]}"
-        if self.kernel in MATRIX_PRODUCTS and "16" in self.variant.split()[0] and not self.tensor_core:
+        kind, *options = self.variant.split()
+        if self.kernel in MATRIX_PRODUCTS and ("16" in kind or "tf32" in options) and not self.tensor_core:
             yield "uses no tensor cores"
         if self.kernel in GATHERED_PRODUCTS and not self.copies:
             yield "copies nothing asynchronously"
@@ -117,13 +118,16 @@ def calls(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             densities = hints()[::3] if quick else hints() if channels == 256 else hints()[1:2]
             for density in densities:
                 conv = partial(kernels.conv, rows, weight, density=density)
+                weight_grad = partial(kernels.conv_weight_grad, rows, rows, *gather, density=density)
                 yield f"{variant} forward", partial(conv, vector, *whole)
                 yield f"{variant} transposed", partial(conv, None, *gather, transposed=True)
                 yield f"{variant} norm", partial(conv, vector, *whole, norm=position_norm)
                 if dtype == torch.float32:
                     yield f"{variant} forward tf32", partial(conv, vector, *whole, tf32=True)
                     yield f"{variant} transposed tf32", partial(conv, None, *gather, transposed=True, tf32=True)
-                yield variant, partial(kernels.conv_weight_grad, rows, rows, *gather, density=density)
+                    yield f"{variant} norm tf32", partial(conv, vector, *whole, norm=position_norm, tf32=True)
+                    yield f"{variant} tf32", partial(weight_grad, tf32=True)
+                yield variant, weight_grad
             yield (
                 f"{variant} norm place",
                 partial(kernels.conv, rows, weight, None, *whole, norm=position_norm, place=True),

@@ -92,3 +92,18 @@ def test_expanded_gradient() -> None:
         poisoned(x, SMALL.total), grad, plan.positions, None, SMALL.neighbours, plan.offsets
     )
     assert bias_grad.tolist() == [SMALL.total] * 16
+
+
+def test_rounded_to_tensor_cores() -> None:
+    """TF32 keeps 10 bits of a value, the sums stay float32; the interpreter does not round at all."""
+    plan = SMALL.plan(random_gate(SMALL), reach=0)
+    x, weight = random(SMALL.total, 24), random(40, 24, 3, 3, seed=2)
+    grad = random(int(plan.offsets[-1]), 40, seed=1)
+    expected = dense_gradients(SMALL, x, weight, spread(plan, grad, SMALL.total))
+    arguments = (plan.positions, None, SMALL.neighbours, plan.offsets)
+    rows, grad_rows = poisoned(x, SMALL.total), poisoned(grad, SMALL.total)
+    out = kernels.conv(rows, weight, None, *arguments, tf32=True)
+    assert_close(out[: len(grad)], rows_of(plan, SMALL.conv(x.double(), weight.double())), 2e-3)
+    weight_grad, bias_grad = kernels.conv_weight_grad(rows, grad_rows, *arguments, tf32=True)
+    assert_close(weight_grad, expected[1], 2e-3)
+    assert_close(bias_grad, expected[2], 1e-5)

@@ -59,7 +59,7 @@ def test_conv_rows(how: str, biased: bool) -> None:
     for source, target, x in ((whole, plan, s["rows"]), (plan, plan, s["active"])):
         arguments = (
             x, s["weight"], bias, *source.tensors, *target.tensors, layout.neighbours, layout.sizes, layout.batch,
-            source.whole, target.whole, how, -1.0,
+            source.whole, target.whole, how, -1.0, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.dyndet.conv_rows.default, arguments, test_utils=CHECKS)
 

@@ -7,13 +7,14 @@ The source is the whole map (first convolution of a block, which reads everythin
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dyndet.ops.sparse.direct import autocast_dtype, direct
+from dyndet.ops.sparse.direct import allows_tf32, autocast_dtype, direct
 from dyndet.ops.sparse.execute import dense, gather, triton
 from dyndet.ops.sparse.impl import Impl, choose
 from dyndet.ops.sparse.layout import from_sizes
@@ -54,7 +55,7 @@ def conv_rows(
         plan.check(how == "triton")
     return _conv_rows(
         x, weight, bias, *source.tensors, *target.tensors, layout.neighbours, layout.sizes, layout.batch, source.whole,
-        target.whole, how, -1.0 if target.density is None else target.density,
+        target.whole, how, -1.0 if target.density is None else target.density, allows_tf32(dtype),
     )  # fmt: skip
 
 
@@ -63,7 +64,9 @@ def conv_work(x: Tensor, weight: Tensor, *, target: Plan, impl: Impl = "auto") -
     how = how_to_convolve(impl, target, x, weight)
     positions = target.layout.positions
     rows = target.capacity if target.exact else target.count
-    tile = triton.kernels().tile_rows(x, weight, positions, target.density) if how == "triton" else 1
+    tile = 1
+    if how == "triton":
+        tile = triton.kernels().tile_rows(x, weight, positions, target.density, tf32=allows_tf32(x.dtype))
     return Work(float(weight.numel()), rows, tile, positions if how == "dense" else None)
 
 
@@ -85,13 +88,13 @@ def _defined(positions: Tensor, offsets: Tensor, nowhere: int) -> Tensor:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, source_positions: Tensor, source_inverse: Tensor,
     source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float,
+    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
 ) -> Tensor:  # fmt: skip
     if how == "triton":
-        run = triton.kernels().depthwise if weight.shape[1] < x.shape[1] else triton.kernels().conv
-        rows = None if source_whole else source_inverse
-        hint = {} if density < 0 or weight.shape[1] < x.shape[1] else {"density": density}
-        return run(x, weight, bias, positions, rows, neighbours, offsets, **hint)
+        arguments = x, weight, bias, positions, None if source_whole else source_inverse, neighbours, offsets
+        if weight.shape[1] < x.shape[1]:
+            return triton.kernels().depthwise(*arguments)
+        return triton.kernels().conv(*arguments, tf32=tf32, density=None if density < 0 else density)
     if how == "gather":
         rows = None if source_whole else source_inverse
         index = gather.taps(positions, rows, neighbours, int(offsets[-1]))
@@ -116,7 +119,7 @@ def _(
 def _gradient(
     grad: Tensor, x: Tensor, weight: Tensor, source_positions: Tensor, source_inverse: Tensor,
     source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float,
+    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight and bias; empty where not needed."""
@@ -127,12 +130,9 @@ def _gradient(
     grad_bias: Tensor | None = None
     if how == "triton":
         kernels = triton.kernels()
-        depthwise = weight.shape[1] < x.shape[1]
-        run, run_weight = (
-            (kernels.depthwise, kernels.depthwise_weight_grad)
-            if depthwise
-            else (kernels.conv, kernels.conv_weight_grad)
-        )
+        run, run_weight = kernels.depthwise, kernels.depthwise_weight_grad
+        if weight.shape[1] == x.shape[1]:
+            run, run_weight = partial(kernels.conv, tf32=tf32), partial(kernels.conv_weight_grad, tf32=tf32)
         grad = grad.contiguous()
         if needs_x and source_whole:  # only positions near an active one receive anything
             near = kernels.plan(inverse[:-1] < len(positions), None, neighbours, layout.segment, layout.segments, [1])
@@ -181,7 +181,7 @@ _registered_gradient = torch.library.custom_op("dyndet::conv_rows_backward", _gr
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, source_positions: Tensor, source_inverse: Tensor,
     source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float,
+    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = (tuple(x.shape), tuple(weight.shape), (len(weight),))
@@ -203,7 +203,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
     saved: list[Any] = [*ctx.saved_tensors, *ctx.rest, needs]
     grads = gradient(grad, *saved)
-    return *(value if needed else None for value, needed in zip(grads, needs, strict=True)), *[None] * 13
+    return *(value if needed else None for value, needed in zip(grads, needs, strict=True)), *[None] * 14
 
 
 _registered.register_autograd(_backward, setup_context=_setup)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyndet.ops.sparse.conv import conv_rows, how_to_convolve
-from dyndet.ops.sparse.direct import autocast_dtype
+from dyndet.ops.sparse.direct import allows_tf32, autocast_dtype
 from dyndet.ops.sparse.execute import triton
 from dyndet.ops.sparse.execute.norm import Stats
 from dyndet.ops.sparse.impl import Impl
@@ -49,7 +49,7 @@ def conv_norm_rows(
         inverse = None if source.whole else source.inverse
         return _conv_norm_rows(
             x.to(dtype), weight.to(dtype), scale, shift, target.positions, inverse, target.layout.neighbours,
-            target.offsets, num_groups, eps, relu, target.density,
+            target.offsets, num_groups, eps, relu, target.density, allows_tf32(dtype),
         )  # fmt: skip
     x = conv_rows(x, weight, source=source, target=target, impl=impl)
     return norm_rows(x, num_groups, scale, shift, plan=target, stats=stats, eps=eps, relu=relu, impl=impl)
@@ -58,11 +58,12 @@ def conv_norm_rows(
 @torch.library.custom_op("dyndet::conv_norm_rows", mutates_args=())
 def _conv_norm_rows(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, positions: Tensor, inverse: Tensor | None,
-    neighbours: Tensor, offsets: Tensor, groups: int, eps: float, relu: bool, density: float | None,
+    neighbours: Tensor, offsets: Tensor, groups: int, eps: float, relu: bool, density: float | None, tf32: bool,
 ) -> Tensor:  # fmt: skip
     kernels = triton.kernels()
     norm = kernels.PositionNorm(scale, shift, groups, eps, relu)
-    return kernels.conv(x, weight, None, positions, inverse, neighbours, offsets, norm=norm, density=density)
+    gather = positions, inverse, neighbours, offsets
+    return kernels.conv(x, weight, None, *gather, norm=norm, tf32=tf32, density=density)
 
 
 @_conv_norm_rows.register_fake

@@ -1,4 +1,4 @@
-"""What all operators share: the short way to them, and their type under autocast.
+"""What all operators share: the short way to them, their type under autocast, and its precision.
 
 The operators are registered with `torch.library`, so that `torch.compile`, export and counters see one opaque node
 each. That costs about half a millisecond per call and gradient, more than small maps take; on ordinary tensors the same
@@ -63,3 +63,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch lets convolutions of this type round float32 to TF32 for tensor cores, as it does by default.
+
+    That is `torch.backends.cudnn.conv.fp32_precision`, which `torch.backends.cudnn.allow_tf32` sets as well: a sparse
+    convolution is to have the precision of the dense one that it stands for. Read it where an operator is called, and
+    hand it on as an argument: a graph that is compiled or exported then holds what was true at that time.
+    """
+    return dtype == torch.float32 and _convolutions_round()
+
+
+@torch.compiler.assume_constant_result
+def _convolutions_round() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
