@@ -17,12 +17,15 @@ from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh, 
 from dyndet.models.heads.init import check_groups
 from dyndet.models.heads.paths import DepthPath, ScalePath
 from dyndet.ops.sparse import (
+    DensityEstimate,
     Impl,
+    NodeDensity,
     Plan,
     RowLayout,
     Stats,
     autocast_dtype,
     check_impl,
+    counted_later,
     make_plans,
     scale_rows,
     scale_work,
@@ -63,7 +66,6 @@ class FineGrainedNode(nn.Module):
         coarse: bool,
         cost_table: Literal["published", "corrected"],
         impl: Impl,
-        expected_density: float | None,
     ) -> None:
         super().__init__()
         self.down = ScalePath(channels, norm_groups)
@@ -78,26 +80,26 @@ class FineGrainedNode(nn.Module):
         self.activation = activation
         self.norm_stats: NormStats = norm_stats
         self.impl: Impl = impl
-        self.expected_density = expected_density
         self.gate_threshold = 0.0
         scale_costs = self.down.costs(published=cost_table == "published")
         self.router_macs = {path: gate.macs for path, gate in gates.items()}
         self.costs = {"down": scale_costs, "up": scale_costs, "depth": self.depth.costs()}
 
     def forward(
-        self, name: str, rows: Tensor, layout: RowLayout, valid: Tensor | None
+        self, name: str, rows: Tensor, layout: RowLayout, valid: Tensor | None, expected: NodeDensity
     ) -> tuple[Tensor, list[PathGate], list[Work]]:
         """(P + 1, C) -> outputs of the same shape, the node's gates under the node's `name`, and the work done."""
         # Competing gates (softmax over paths) must all be decided on x; otherwise the depth gate waits for s.
         first = ("down", "up", "depth") if self.activation.joint else ("down", "up")
         gates, rows = self._decide(first, rows, layout, valid)
         sparse_scale = self.norm_stats in ("active", "position")
-        s, work_scale = self._scale_step(rows, gates["down"], gates["up"], layout, sparse_scale)
+        s, work_scale = self._scale_step(rows, gates["down"], gates["up"], layout, expected, sparse_scale)
         if "depth" not in gates:
             last, s = self._decide(("depth",), s, layout, valid)
             gates |= last
         sparse_depth = sparse_scale or (self.norm_stats == "published" and not self.training)
-        inner, outer = self._plans(gates["depth"], layout, valid, (1, 0), sparse_depth)
+        shares = expected.inner, expected.outer
+        inner, outer = self._plans(gates["depth"], layout, valid, (1, 0), shares, sparse_depth)
         outputs, work_depth = self.depth.gated(s, gates["depth"], inner, outer, stats=self._stats, impl=self.impl)
         work = [replace(item, node=name) for item in (*work_scale, *work_depth)]
         return outputs, self._record(name, gates, layout, valid), work
@@ -123,21 +125,20 @@ class FineGrainedNode(nn.Module):
         return gates, rows
 
     def _plans(
-        self, gate: Tensor, layout: RowLayout, valid: Tensor | None, reaches: Sequence[int], sparse: bool
-    ) -> list[Plan]:
+        self, gate: Tensor, layout: RowLayout, valid: Tensor | None, reaches: Sequence[int],
+        expected: Sequence[float | None], sparse: bool,
+    ) -> list[Plan]:  # fmt: skip
         if not sparse:
             return [whole_plan(layout) for _ in reaches]
-        return make_plans(
-            gate.detach(), layout, valid=valid, reaches=reaches, expected=self.expected_density, impl=self.impl
-        )
+        return make_plans(gate.detach(), layout, valid=valid, reaches=reaches, expected=expected, impl=self.impl)
 
     def _scale_step(
-        self, rows: Tensor, down: Tensor, up: Tensor, layout: RowLayout, sparse: bool
+        self, rows: Tensor, down: Tensor, up: Tensor, layout: RowLayout, expected: NodeDensity, sparse: bool
     ) -> tuple[Tensor, list[Work]]:
         """The sums s, and the work done. What has no receiver is not computed."""
         paths = self.down.conv_norm, self.up.conv_norm
-        (plan_down,) = self._plans(down, layout, layout.sending(1), (0,), sparse)
-        (plan_up,) = self._plans(up, layout, layout.sending(-1), (0,), sparse)
+        (plan_down,) = self._plans(down, layout, layout.sending(1), (0,), (expected.down,), sparse)
+        (plan_up,) = self._plans(up, layout, layout.sending(-1), (0,), (expected.up,), sparse)
         plans = plan_down, plan_up
         s = scale_rows(
             rows, self.output_weight, self.scale_weight, *paths, (down, up), plans, stats=self._stats, impl=self.impl
@@ -181,8 +182,9 @@ class FineGrainedHead(nn.Module):
         coarse: one decision per image, level and path instead of one per position (the paper's baseline).
         cost_table: "published" counts scale convolutions twice as the released code does, "corrected" once.
         impl: execution of the sparse operations, see `dyndet.ops.sparse.Impl`.
-        expected_density: share of open gates to prepare for, where they are counted on the device and nothing waits
-            for the count; it chooses between dense and sparse execution and the size of tiles. None expects few.
+        expected_density: share of open gates to prepare for, where they are counted on a GPU and nothing waits for the
+            count; it chooses between dense and sparse execution and the size of tiles. None expects what an earlier
+            step found, at first `openness`, see `DensityEstimate`; what is compiled or exported then expects few.
     """
 
     def __init__(
@@ -231,7 +233,6 @@ class FineGrainedHead(nn.Module):
                     coarse=coarse,
                     cost_table=cost_table,
                     impl=impl,
-                    expected_density=expected_density,
                 )
                 for _ in range(depth)
             )
@@ -239,6 +240,8 @@ class FineGrainedHead(nn.Module):
         self.cls = branch()
         self.reg = branch()
         self.norm_stats: NormStats = norm_stats
+        self.expected_density = expected_density
+        self._densities = DensityEstimate(openness)
 
     def execute(self, impl: Impl) -> Impl:
         """Sets the execution of all nodes and returns the one before; results stay the same."""
@@ -279,13 +282,20 @@ class FineGrainedHead(nn.Module):
         area = layout.flat(valid) if valid and self.norm_stats != "published" else None
         start = layout.rows(features)
         start = start.to(autocast_dtype(start))  # the residual stream too: half of the head's time is moving it
+        learning = self.expected_density is None and counted_later(start, cast(FineGrainedNode, self.cls[0]).impl)
+        if learning:
+            self._densities.refresh()
         routing = Routing()
         branches = []
         for label, nodes in (("cls", self.cls), ("reg", self.reg)):
             rows = start
             for index, node in enumerate(nodes):
-                rows, gates, work = node(f"{label}.{index}", rows, layout, area)
+                name = f"{label}.{index}"
+                expected = self._densities.of(name) if learning else NodeDensity.of_gates(self.expected_density)
+                rows, gates, work = node(name, rows, layout, area, expected)
                 routing.gates.extend(gates)
                 routing.work.extend(work)
             branches.append(layout.maps(rows))
+        if learning:
+            self._densities.observe(routing.work, layout.positions)
         return HeadOutput(branches[0], branches[1], routing)

@@ -2,6 +2,7 @@
 
 from dyndet.ops.sparse.conv import conv_rows, conv_work
 from dyndet.ops.sparse.conv_norm import conv_norm_rows
+from dyndet.ops.sparse.density import DensityEstimate, NodeDensity, counted_later
 from dyndet.ops.sparse.depth_step import depth_rows
 from dyndet.ops.sparse.direct import autocast_dtype
 from dyndet.ops.sparse.exchange import exchange_rows
@@ -19,7 +20,9 @@ from dyndet.ops.sparse.scatter import scatter_rows
 __all__ = [
     "IMPLS",
     "ConvNorm",
+    "DensityEstimate",
     "Impl",
+    "NodeDensity",
     "Plan",
     "RowLayout",
     "Stats",
@@ -29,6 +32,7 @@ __all__ = [
     "conv_norm_rows",
     "conv_rows",
     "conv_work",
+    "counted_later",
     "depth_rows",
     "exchange_rows",
     "logit_rows",

@@ -40,7 +40,8 @@ def choose(impl: Impl, density: float | None, channels: int, dtype: torch.dtype,
 
     Args:
         impl: what was asked for; anything but "auto" is what it will be.
-        density: share of active positions, measured or expected; None when nobody knows, which is taken as sparse.
+        density: share of active positions, measured or expected; None when nobody knows, which is taken as sparse. A
+            head knows from earlier steps, see `DensityEstimate`; what is compiled or exported does not.
         channels: of the features.
         dtype: of the features.
         device: of the features.

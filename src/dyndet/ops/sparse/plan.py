@@ -81,7 +81,7 @@ def whole_plan(layout: RowLayout) -> Plan:
 
 def make_plans(
     gate: Tensor, layout: RowLayout, *, valid: Tensor | None = None, reaches: Sequence[int] = (0,),
-    expected: float | None = None, impl: Impl = "auto",
+    expected: float | Sequence[float | None] | None = None, impl: Impl = "auto",
 ) -> list[Plan]:  # fmt: skip
     """Plans of the positions with an open gate within `reach`.
 
@@ -90,12 +90,15 @@ def make_plans(
         layout: of the positions.
         valid: (P,) bool, positions that may be active; None allows all.
         reaches: 0 for the open positions themselves, 1 for their 3x3 neighbourhood; one plan each.
-        expected: share of active positions to expect, where they are counted on the device.
+        expected: share of open positions, of which every reach is derived, or one share per reach; what to expect
+            where they are counted on the device.
         impl: "triton" (or "auto" on CUDA) counts on the device without waiting.
 
     Returns:
         One plan per reach.
     """
+    if not isinstance(expected, Sequence):
+        expected = [reached(expected, reach) for reach in reaches]
     if triton.chosen(impl, gate.device):
         arguments = gate, valid, layout.neighbours, layout.segment, layout.segments, list(reaches)
         if ordinary(gate):
@@ -103,24 +106,18 @@ def make_plans(
         else:
             flat = _plan_rows(*arguments)
             found = [flat[first : first + 3] for first in range(0, len(flat), 3)]
-        return [
-            Plan(layout, *tensors, expected=_reached(expected, reach))
-            for tensors, reach in zip(found, reaches, strict=True)
-        ]
+        return [Plan(layout, *tensors, expected=share) for tensors, share in zip(found, expected, strict=True)]
     if gate.is_meta:
         return [whole_plan(layout) for _ in reaches]
     if torch.compiler.is_compiling():
         masks = _active(gate, layout, valid, reaches)
-        return [
-            _static_plan(active, layout, _reached(expected, reach))
-            for active, reach in zip(masks, reaches, strict=True)
-        ]
+        return [_static_plan(active, layout, share) for active, share in zip(masks, expected, strict=True)]
     if valid is None and bool((gate > 0).all()):
         return [whole_plan(layout) for _ in reaches]
     return [_exact_plan(active, layout) for active in _active(gate, layout, valid, reaches)]
 
 
-def _reached(density: float | None, reach: int) -> float | None:
+def reached(density: float | None, reach: int) -> float | None:
     """The share of positions within `reach` of open gates, of compact ones: of 10 % about 22 %, of 30 % 56 %."""
     return density if density is None or not reach else 1 - (1 - density) ** (1 + 1.3 * reach)
 
