@@ -1,6 +1,7 @@
 """`python -m dyndet.evaluate ckpt=FILE [speed=easy] [latency=16] [timing=8] [data.root=FOLDER ...]`: AP, compute.
 
-`latency=16` times sixteen images one by one; `timing=8` times the head on eight batches against its dense execution.
+`latency=16` times sixteen images one by one; `timing=8` times the head on eight batches against the fixed head, which
+is the same without gates.
 """
 
 from __future__ import annotations
@@ -91,13 +92,13 @@ def _latency(detector: Detector, data: DetectionDataModule, count: int) -> dict[
 def _compare(
     detector: PyramidDetector, data: DetectionDataModule, config: DictConfig, report: ComputeReport
 ) -> dict[str, float]:
-    """Prints the head's time against its dense execution, next to its multiply-adds; returns both as metrics."""
+    """Prints the head's time against that of its fixed twin, next to its multiply-adds; returns it as a metric."""
     impl = config.impl or "auto"
     head = cast(FineGrainedHead, routed_part(detector.head))
     timing = time_head(detector.eval(), head, islice(data.val_dataloader(), config.timing), impl=impl)
     computed = report.executed / report.full.mean
     print(f"head: open gates use {report.ratio:.1%} of its full MACs, {computed:.1%} are computed, in "
-          f"{timing.ratio:.1%} of the time of its dense execution (impl={impl}, {timing.batches} batches)")  # fmt: skip
+          f"{timing.ratio:.1%} of the time of the fixed head (impl={impl}, {timing.batches} batches)")  # fmt: skip
     return {"time/head_ratio": timing.ratio}
 
 

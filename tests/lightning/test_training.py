@@ -87,7 +87,7 @@ def test_evaluating_gives_what_training_printed(
     assert judge.stats[1] == pytest.approx(again["val/AP50"], abs=1e-6)
 
 
-def test_evaluating_times_the_head_against_its_dense_execution(
+def test_evaluating_times_the_head_against_the_fixed_one(
     trained: tuple[Path, dict[str, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [f"ckpt={trained[0]}/checkpoints/last.ckpt", f"output_dir={tmp_path}", "trainer.accelerator=cpu"]
@@ -95,7 +95,7 @@ def test_evaluating_times_the_head_against_its_dense_execution(
     assert metrics["time/head_ratio"] > 0
     assert metrics["macs/head_executed_mean"] >= metrics["macs/head_asked_mean"] > 0
     printed = capsys.readouterr().out
-    assert "of the time of its dense execution (impl=gather, 2 batches)" in " ".join(printed.split())
+    assert "of the time of the fixed head (impl=gather, 2 batches)" in " ".join(printed.split())
 
 
 def test_gather_and_dense_execution_detect_the_same(trained: tuple[Path, dict[str, float]]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.plain import PlainHead
+from dyndet.ops.sparse import RowLayout
 
 SHAPES = [(12, 16), (6, 8), (3, 4)]
 
@@ -28,7 +29,7 @@ def test_a_plain_tower_does_not_see_how_much_padding_there_is() -> None:
     torch.manual_seed(0)
     head = PlainHead(8, num_convs=3, norm_groups=2)
     for parameter in head.parameters():  # biases that would fill the padding
-        torch.nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(parameter, std=0.3)
     valid = half_padded()
     features = [x * mask for x, mask in zip(pyramid(), valid, strict=True)]
     padded = head(features, valid)
@@ -47,3 +48,45 @@ def test_the_fixed_head_is_the_dynamic_one_with_every_gate_open() -> None:
         a, b = fixed(pyramid(), valid), dynamic(pyramid(), valid)
         for x, y in zip(a.cls + a.reg, b.cls + b.reg, strict=True):
             assert torch.allclose(x, y, atol=1e-5)
+
+
+class Open(nn.Module):
+    """Gates of 1 wherever there is something."""
+
+    joint = False
+
+    def forward(self, logits: Tensor, layout: RowLayout) -> Tensor:
+        return torch.ones_like(logits)
+
+    def logit(self, openness: float) -> float:
+        return 0.0
+
+
+def test_the_fixed_twin_has_the_weights_of_the_dynamic_head() -> None:
+    torch.manual_seed(0)
+    dynamic = FineGrainedHead(8, depth=2, norm_groups=2, activation=Open(), scale_init=1.0).train()
+    for parameter in dynamic.parameters():
+        if parameter.numel() > 1:
+            nn.init.normal_(parameter, mean=0.1, std=0.3)
+    drawn = torch.get_rng_state()
+    twin = dynamic.fixed_twin()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not twin.training and dynamic.training
+    ours, theirs = dict(dynamic.named_parameters()), dict(twin.named_parameters())
+    assert set(ours) - set(theirs) == {name for name in ours if ".gates." in name or name.endswith("scale_weight")}
+    for name, parameter in theirs.items():
+        assert torch.equal(parameter, ours[name]) and parameter is not ours[name]
+    for valid in (None, half_padded()):
+        a, b = twin(pyramid(), valid), dynamic.eval()(pyramid(), valid)
+        for x, y in zip(a.cls + a.reg, b.cls + b.reg, strict=True):
+            assert torch.allclose(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_the_fixed_twin_is_of_the_same_kind() -> None:
+    dynamic = FineGrainedHead(8, depth=1, norm_groups=4, norm_stats="published").double()
+    twin = dynamic.to(memory_format=torch.channels_last).fixed_twin()  # type: ignore[call-overload]
+    assert not twin.ignore_padding
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
+    weight = twin.cls[0].depth.conv1.weight  # type: ignore[union-attr]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert twin.reg[0].up.norm.num_groups == 4  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What sparse execution buys on real images: the head's time against its dense execution, measured in turn."""
+"""What closed gates buy on real images: the head's time against that of a fixed head, measured in turn."""
 
 from __future__ import annotations
 
@@ -7,32 +7,25 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.pyramid import PyramidDetector
+from dyndet.models.heads.chain import HeadChain
+from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.ops.sparse import Impl
 from dyndet.structures import Batch, ImageBatch
 
 
-class SwitchableHead(Protocol):
-    """A head that can be told how to execute."""
-
-    def execute(self, impl: Impl) -> Impl:
-        """Sets the execution and returns the one before."""
-        ...
-
-
 @dataclass(frozen=True)
 class HeadTiming:
-    """The head's time by its own execution divided by that of the dense one.
+    """The head's time divided by that of its fixed twin: the head without gates, of the same size and weights.
 
     Attributes:
         ratio: median over batches.
         batches: number of batches, each timed `rounds` times in turn.
-        impl: the execution that was compared.
+        impl: the execution of the head.
     """
 
     ratio: float
@@ -42,34 +35,36 @@ class HeadTiming:
 
 @torch.no_grad()
 def time_head(
-    detector: PyramidDetector, head: SwitchableHead, batches: Iterable[Batch], *, impl: Impl, rounds: int = 3
+    detector: PyramidDetector, head: FineGrainedHead, batches: Iterable[Batch], *, impl: Impl, rounds: int = 3
 ) -> HeadTiming:
-    """Times the head of a detector on batches, by `impl` and densely in turn.
+    """Times the head of a detector on batches, in turn with its fixed twin on the same features.
 
     Args:
         detector: in eval mode.
-        head: its head.
+        head: its head, or the part that routes of a chain of heads.
         batches: real data, since the masks decide.
-        impl: the execution to compare with "dense".
+        impl: the execution of the head.
         rounds: pairs per batch; the first pair of all warms up and is dropped.
     """
+    heads = {"routed": head, "fixed": head.fixed_twin()}
     before = head.execute(impl)
     ratios = []
     try:
         warm = False
         for batch in batches:
             features, valid = detector.pyramid(batch.images)
+            if isinstance(detector.head, HeadChain):
+                features = detector.run_part("head", detector.head.attention, features, valid).cls
             pairs = []
             for _ in range(rounds + (not warm)):
                 seconds = {}
-                for how in (impl, "dense"):
-                    head.execute(how)
+                for name, timed in heads.items():
                     _wait(features[0].device)
                     start = time.perf_counter()
-                    detector.run_head(features, valid)
+                    detector.run_part("head", timed, features, valid)
                     _wait(features[0].device)
-                    seconds[how] = time.perf_counter() - start
-                pairs.append(seconds[impl] / seconds["dense"])
+                    seconds[name] = time.perf_counter() - start
+                pairs.append(seconds["routed"] / seconds["fixed"])
             ratios.append(statistics.median(pairs[not warm :]))
             warm = True
     finally:

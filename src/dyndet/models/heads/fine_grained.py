@@ -6,6 +6,7 @@ Legend: B images, C channels, L levels; x a node's input, s the sum after the sc
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, cast
@@ -13,6 +14,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh, gate_logits
 from dyndet.models.heads.init import check_groups
 from dyndet.models.heads.paths import DepthPath, ScalePath
@@ -266,6 +268,24 @@ class FineGrainedHead(nn.Module):
             raise ValueError(f"gates lie between 0 and 1, so does their threshold, got {threshold}")
         for node in (*self.cls, *self.reg):
             cast(FineGrainedNode, node).gate_threshold = threshold
+
+    def fixed_twin(self) -> FixedHead:
+        """The fixed head of the same size with copies of this one's weights, in eval mode, to compare its time with.
+
+        It has no gates and no weight of the scale paths. With statistics over active positions both compute the same
+        where gates are 1 and that weight is 1.
+        """
+        nodes = [cast(FineGrainedNode, node) for node in (*self.cls, *self.reg)]
+        norm = nodes[0].down.norm
+        with torch.device("meta"):  # nothing is drawn for weights that are replaced
+            twin = FixedHead(
+                norm.num_channels, depth=len(self.cls), norm_groups=norm.num_groups,
+                ignore_padding=self.norm_stats != "published",
+            )  # fmt: skip
+        for node, fixed in zip(nodes, (*twin.cls, *twin.reg), strict=True):
+            for part in ("down", "up", "depth", "output_weight"):
+                setattr(fixed, part, copy.deepcopy(getattr(node, part)))
+        return twin.eval()
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
         """Routes a pyramid.
