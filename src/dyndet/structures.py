@@ -6,7 +6,7 @@ Geometry: pixel edges are 0..W (no +1); boxes are xyxy in pixels; labels are con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,11 +196,22 @@ class Detections:
 
 @dataclass
 class HeadOutput:
-    """Features of a head, finest level first: for classification, for regression, and what was routed on the way."""
+    """Features of a head, and what was routed on the way.
+
+    Attributes:
+        cls: L x (B, C, H, W) for classification, finest first; empty where the head does not have this branch.
+        reg: likewise for regression.
+        routing: decisions of the branches that the head has; None where nothing is routed.
+    """
 
     cls: list[Tensor]
     reg: list[Tensor]
     routing: Routing | None = None
+
+    @classmethod
+    def of(cls, branches: Mapping[str, list[Tensor]], routing: Routing | None = None) -> HeadOutput:
+        """From the maps of the branches that there are."""
+        return cls(branches.get("cls", []), branches.get("reg", []), routing)
 
 
 @dataclass

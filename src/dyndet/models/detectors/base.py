@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Target
 
 RawMaps = list[dict[str, Tensor]]
 """Per level, the predictor's maps by name."""
+
+Branch = Literal["cls", "reg"]
+"""What of a head's output there is: features for classification, for regression."""
 
 Images = ImageBatch | Tensor | Sequence[Tensor]
 """A batch; (B, 3, H, W); or single (3, H, W) images of any sizes. RGB, uint8 0..255 or float 0..1."""
@@ -38,13 +41,22 @@ class FeatureMaps(Protocol):
 
 
 class Head(Protocol):
-    """Any head family."""
+    """Any head family.
+
+    Its constructor takes `branches`, the ones to build and run; without, it fits only predictors that read all.
+    """
 
     def __call__(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput: ...
 
 
 class Predictor(Protocol):
-    """Any dense predictor: the last convolutions, the losses and the decoding."""
+    """Any dense predictor: the last convolutions, the losses and the decoding.
+
+    Attributes:
+        reads: what of a `HeadOutput` it takes, a constant of its class; heads are built with these branches only.
+    """
+
+    reads: tuple[Branch, ...]
 
     def __call__(self, head: HeadOutput) -> RawMaps: ...
 

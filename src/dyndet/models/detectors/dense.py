@@ -12,6 +12,7 @@ from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import FeatureMaps, Head, Predictor, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector, fitted
+from dyndet.models.heads.branches import reads_of, with_branches
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.predictors.per_image import image_losses
 from dyndet.models.preprocess import Preprocess
@@ -97,7 +98,7 @@ def assemble_dense(
         preprocess: ready.
         backbone: ready.
         neck: called with `in_channels` and `in_strides`.
-        head: called with `channels`.
+        head: called with `channels`, and with `branches` where the predictor does not read all.
         predictor: called with `channels` and `strides`.
         budget: see `DenseDetector`.
         precision: see `DenseDetector`.
@@ -112,7 +113,7 @@ def assemble_dense(
         preprocess=preprocess,
         backbone=backbone,
         neck=pyramid,
-        head=fitted(head, "head", pyramid),
+        head=fitted(with_branches(head, reads_of(predictor)), "head", pyramid),
         predictor=fitted(predictor, "predictor", pyramid, strides=pyramid.strides),
         budget=budget,
         precision=precision,

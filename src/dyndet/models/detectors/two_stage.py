@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dyndet.models.backbone import TimmBackbone
 from dyndet.models.budget import Budget
-from dyndet.models.detectors.base import FeatureMaps, Head, RawMaps
+from dyndet.models.detectors.base import Branch, FeatureMaps, Head, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector, fitted
+from dyndet.models.heads.branches import with_branches
 from dyndet.models.heads.none import NoHead
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.preprocess import Preprocess
@@ -23,7 +24,7 @@ from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Size, 
 
 
 class TwoStageDetector(PyramidDetector):
-    """Any head with one output between any pyramid and an RPN with its second stage (Faster, Cascade, Mask R-CNN).
+    """Any head between any pyramid and an RPN with its second stage (Faster, Cascade, Mask R-CNN).
 
     Args:
         preprocess: pixels to network input.
@@ -34,8 +35,12 @@ class TwoStageDetector(PyramidDetector):
         predictor: features and proposals -> losses, detections.
         budget: prices the head's routing in `losses`; None leaves it free.
         precision: see `PyramidDetector`; "predictor" covers both stages.
+
+    Attributes:
+        reads: what of a `HeadOutput` the stages are given.
     """
 
+    reads: tuple[Branch, ...] = ("cls",)
     predictor: RoIPredictor
 
     def __init__(
@@ -160,7 +165,7 @@ def assemble_two_stage(
         preprocess: ready.
         backbone: ready.
         neck: called with `in_channels` and `in_strides`.
-        head: called with `channels`.
+        head: called with `channels` and `branches`.
         rpn: called with `channels` and `strides`.
         predictor: called with `channels` and `strides`.
         budget: see `TwoStageDetector`.
@@ -174,7 +179,7 @@ def assemble_two_stage(
         preprocess=preprocess,
         backbone=backbone,
         neck=pyramid,
-        head=fitted(head, "head", pyramid),
+        head=fitted(with_branches(head, TwoStageDetector.reads), "head", pyramid),
         rpn=fitted(rpn, "predictor", pyramid, strides=pyramid.strides),
         predictor=fitted(predictor, "predictor", pyramid, strides=pyramid.strides),
         budget=budget,

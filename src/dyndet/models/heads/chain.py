@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from dyndet.models.detectors.base import Head
+from dyndet.models.detectors.base import Branch, Head
+from dyndet.models.heads.branches import BRANCHES, with_branches
 from dyndet.structures import HeadOutput
 
 
@@ -17,15 +18,26 @@ class HeadChain(nn.Module):
         channels: C of the pyramid, given to both.
         attention: called with `channels`: a head whose two outputs are the same maps, such as `DyHead`.
         towers: called with `channels`: the head that reads them; its routing is the chain's.
+        branches: those of the towers, which get them as `branches` where they are not all.
+
+    Raises:
+        UserError: if the towers cannot leave a branch out.
     """
 
     attention: Head
     towers: Head
 
-    def __init__(self, channels: int, *, attention: Callable[..., Head], towers: Callable[..., Head]) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        attention: Callable[..., Head],
+        towers: Callable[..., Head],
+        branches: Sequence[Branch] = BRANCHES,
+    ) -> None:
         super().__init__()
         self.attention = attention(channels=channels)
-        self.towers = towers(channels=channels)
+        self.towers = with_branches(towers, branches)(channels=channels)
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
         """L x (B, C, H, W) -> what the towers make of the attended maps."""

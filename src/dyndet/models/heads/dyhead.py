@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dyndet.errors import UserError
+from dyndet.models.detectors.base import Branch
 from dyndet.models.heads.attention import ScaleAttention, TaskAttention
+from dyndet.models.heads.branches import BRANCHES, check_branches
 from dyndet.models.heads.init import check_groups
 from dyndet.ops.deform_conv import modulated_deform_conv
 from dyndet.ops.masked_norm import masked_group_norm
@@ -153,6 +155,7 @@ class DyHead(nn.Module):
         task: False is an ordinary ReLU.
         checkpointing: keep only the blocks' inputs for the backward pass and compute the rest twice.
         ignore_padding: norms and poolings see the valid positions only; False as published.
+        branches: under which names the maps go on; they are the same.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class DyHead(nn.Module):
         task: bool = True,
         checkpointing: bool = False,
         ignore_padding: bool = True,
+        branches: Sequence[Branch] = BRANCHES,
     ) -> None:
         super().__init__()
         for key, value, allowed in (
@@ -199,6 +203,7 @@ class DyHead(nn.Module):
         )
         self.checkpointing = checkpointing
         self.ignore_padding = ignore_padding
+        self.branches = check_branches(branches)
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
         """Attends to a pyramid.
@@ -208,7 +213,7 @@ class DyHead(nn.Module):
             valid: L x (B, 1, H, W) bool, False on padding; None when there is none.
 
         Returns:
-            The same maps twice, in the shapes of the input.
+            The same maps for every branch, in the shapes of the input.
 
         Raises:
             UserError: if the levels do not halve.
@@ -221,7 +226,7 @@ class DyHead(nn.Module):
                 maps = cast(list[Tensor], checkpoint(block, maps, areas, use_reentrant=False, preserve_rng_state=False))
             else:
                 maps = block(maps, areas)
-        return HeadOutput(maps, maps)
+        return HeadOutput.of(dict.fromkeys(self.branches, maps))
 
 
 def _init_offset(conv: nn.Conv2d, *, zero: bool, init: Init) -> None:

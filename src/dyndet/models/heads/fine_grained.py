@@ -14,6 +14,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dyndet.models.detectors.base import Branch
+from dyndet.models.heads.branches import BRANCHES, check_branches
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh, gate_logits
 from dyndet.models.heads.init import check_groups
@@ -165,7 +167,7 @@ class FineGrainedNode(nn.Module):
 
 
 class FineGrainedHead(nn.Module):
-    """Two branches (classification, regression) of `depth` gated nodes, each with its own routers.
+    """Branches (classification, regression) of `depth` gated nodes, each with its own routers.
 
     Args:
         channels: C of the pyramid.
@@ -187,6 +189,7 @@ class FineGrainedHead(nn.Module):
         expected_density: share of open gates to prepare for, where they are counted on a GPU and nothing waits for the
             count; it chooses between dense and sparse execution and the size of tiles. None expects what an earlier
             step found, at first `openness`, see `DensityEstimate`; what is compiled or exported then expects few.
+        branches: which to build and run, see `Predictor.reads`.
     """
 
     def __init__(
@@ -205,6 +208,7 @@ class FineGrainedHead(nn.Module):
         cost_table: Literal["published", "corrected"] = "corrected",
         impl: Impl = "auto",
         expected_density: float | None = None,
+        branches: Sequence[Branch] = BRANCHES,
     ) -> None:
         super().__init__()
         for key, value, allowed in (
@@ -221,7 +225,7 @@ class FineGrainedHead(nn.Module):
         if not 0 < openness < 1:
             raise ValueError(f"openness must lie between 0 and 1, got {openness}")
 
-        def branch() -> nn.ModuleList:
+        def nodes() -> nn.ModuleList:
             return nn.ModuleList(
                 FineGrainedNode(
                     channels,
@@ -239,8 +243,9 @@ class FineGrainedHead(nn.Module):
                 for _ in range(depth)
             )
 
-        self.cls = branch()
-        self.reg = branch()
+        self.branches = check_branches(branches)
+        for branch in self.branches:
+            self.add_module(branch, nodes())
         self.norm_stats: NormStats = norm_stats
         self.expected_density = expected_density
         self._densities = DensityEstimate(openness)
@@ -248,15 +253,16 @@ class FineGrainedHead(nn.Module):
     def execute(self, impl: Impl) -> Impl:
         """Sets the execution of all nodes and returns the one before; results stay the same."""
         check_impl(impl)
-        before = cast(FineGrainedNode, self.cls[0]).impl
-        for node in (*self.cls, *self.reg):
-            cast(FineGrainedNode, node).impl = impl
+        before = self._nodes(self.branches[0])[0].impl
+        for branch in self.branches:
+            for node in self._nodes(branch):
+                node.impl = impl
         return before
 
     @property
     def gate_threshold(self) -> float:
         """Gates that are open less than this, or just so, close; 0 leaves them as they learned."""
-        return cast(FineGrainedNode, self.cls[0]).gate_threshold
+        return self._nodes(self.branches[0])[0].gate_threshold
 
     def close_below(self, threshold: float) -> None:
         """Sets `gate_threshold`: one trained head at many speeds.
@@ -266,8 +272,9 @@ class FineGrainedHead(nn.Module):
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"gates lie between 0 and 1, so does their threshold, got {threshold}")
-        for node in (*self.cls, *self.reg):
-            cast(FineGrainedNode, node).gate_threshold = threshold
+        for branch in self.branches:
+            for node in self._nodes(branch):
+                node.gate_threshold = threshold
 
     def fixed_twin(self) -> FixedHead:
         """The fixed head of the same size with copies of this one's weights, in eval mode, to compare its time with.
@@ -275,16 +282,17 @@ class FineGrainedHead(nn.Module):
         It has no gates and no weight of the scale paths. With statistics over active positions both compute the same
         where gates are 1 and that weight is 1.
         """
-        nodes = [cast(FineGrainedNode, node) for node in (*self.cls, *self.reg)]
-        norm = nodes[0].down.norm
+        first = self._nodes(self.branches[0])
+        norm = first[0].down.norm
         with torch.device("meta"):  # nothing is drawn for weights that are replaced
             twin = FixedHead(
-                norm.num_channels, depth=len(self.cls), norm_groups=norm.num_groups,
-                ignore_padding=self.norm_stats != "published",
+                norm.num_channels, depth=len(first), norm_groups=norm.num_groups,
+                ignore_padding=self.norm_stats != "published", branches=self.branches,
             )  # fmt: skip
-        for node, fixed in zip(nodes, (*twin.cls, *twin.reg), strict=True):
-            for part in ("down", "up", "depth", "output_weight"):
-                setattr(fixed, part, copy.deepcopy(getattr(node, part)))
+        for branch in self.branches:
+            for node, fixed in zip(self._nodes(branch), getattr(twin, branch), strict=True):
+                for part in ("down", "up", "depth", "output_weight"):
+                    setattr(fixed, part, copy.deepcopy(getattr(node, part)))
         return twin.eval()
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
@@ -296,26 +304,30 @@ class FineGrainedHead(nn.Module):
                 like any other position.
 
         Returns:
-            Features of both branches, in the shapes of the input, and the `Routing` of all nodes.
+            Features of every branch, in the shapes of the input, and the `Routing` of all nodes.
         """
         layout = RowLayout.of(features)
         area = layout.flat(valid) if valid and self.norm_stats != "published" else None
         start = layout.rows(features)
         start = start.to(autocast_dtype(start))  # the residual stream too: half of the head's time is moving it
-        learning = self.expected_density is None and counted_later(start, cast(FineGrainedNode, self.cls[0]).impl)
+        impl = self._nodes(self.branches[0])[0].impl
+        learning = self.expected_density is None and counted_later(start, impl)
         if learning:
             self._densities.refresh()
         routing = Routing()
-        branches = []
-        for label, nodes in (("cls", self.cls), ("reg", self.reg)):
+        outputs: dict[str, list[Tensor]] = {}
+        for branch in self.branches:
             rows = start
-            for index, node in enumerate(nodes):
-                name = f"{label}.{index}"
+            for index, node in enumerate(self._nodes(branch)):
+                name = f"{branch}.{index}"
                 expected = self._densities.of(name) if learning else NodeDensity.of_gates(self.expected_density)
                 rows, gates, work = node(name, rows, layout, area, expected)
                 routing.gates.extend(gates)
                 routing.work.extend(work)
-            branches.append(layout.maps(rows))
+            outputs[branch] = layout.maps(rows)
         if learning:
             self._densities.observe(routing.work, layout.positions)
-        return HeadOutput(branches[0], branches[1], routing)
+        return HeadOutput.of(outputs, routing)
+
+    def _nodes(self, branch: Branch) -> list[FineGrainedNode]:
+        return cast(list[FineGrainedNode], list(getattr(self, branch)))

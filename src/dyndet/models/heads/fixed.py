@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyndet.models.detectors.base import Branch
+from dyndet.models.heads.branches import BRANCHES, check_branches
 from dyndet.models.heads.init import check_groups
 from dyndet.models.heads.paths import DepthPath, ScalePath, exchange
 from dyndet.structures import HeadOutput
@@ -39,31 +41,42 @@ class FixedNode(nn.Module):
 
 
 class FixedHead(nn.Module):
-    """Two branches of `depth` nodes each ("FCOS-D4", "FCOS-D8": the fixed networks of the paper).
+    """Branches (classification, regression) of `depth` nodes each: "FCOS-D4", "FCOS-D8", the paper's fixed networks.
 
     Args:
         channels: C of the pyramid.
         depth: nodes per branch; a node holds two full 3x3 convolutions.
         norm_groups: groups of every GroupNorm.
         ignore_padding: norms see the valid positions only; False as published.
+        branches: which to build and run, see `Predictor.reads`.
     """
 
-    def __init__(self, channels: int, *, depth: int = 8, norm_groups: int = 32, ignore_padding: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        depth: int = 8,
+        norm_groups: int = 32,
+        ignore_padding: bool = True,
+        branches: Sequence[Branch] = BRANCHES,
+    ) -> None:
         super().__init__()
         check_groups(channels, norm_groups, "norm_groups")
         self.ignore_padding = ignore_padding
-        self.cls = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))
-        self.reg = nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth))
+        self.branches = check_branches(branches)
+        for branch in self.branches:
+            self.add_module(branch, nn.ModuleList(FixedNode(channels, norm_groups) for _ in range(depth)))
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
-        """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes.
+        """Pyramid of L x (B, C, H, W) -> features of every branch, of the same shapes.
 
         Norms see the positions that `valid`, L x (B, 1, H, W), marks: the result does not depend on padding.
         """
         areas: Sequence[Tensor | None] = valid if valid and self.ignore_padding else [None] * len(features)
-        cls, reg = list(features), list(features)
-        for node in self.cls:
-            cls = node(cls, areas)
-        for node in self.reg:
-            reg = node(reg, areas)
-        return HeadOutput(cls, reg)
+        outputs: dict[str, list[Tensor]] = {}
+        for branch in self.branches:
+            maps = list(features)
+            for node in getattr(self, branch):
+                maps = node(maps, areas)
+            outputs[branch] = maps
+        return HeadOutput.of(outputs)

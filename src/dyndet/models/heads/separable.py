@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndet.errors import UserError
+from dyndet.models.detectors.base import Branch
+from dyndet.models.heads.branches import BRANCHES, check_branches
 from dyndet.structures import HeadOutput
 
 
@@ -31,16 +33,20 @@ class SeparableHead(nn.Module):
         channels: C of the pyramid.
         num_convs: convolutions per tower (3 in EfficientDet-D0 to D2).
         num_levels: of the pyramid.
+        branches: which to build and run, see `Predictor.reads`.
     """
 
-    def __init__(self, channels: int, *, num_convs: int = 3, num_levels: int = 5) -> None:
+    def __init__(
+        self, channels: int, *, num_convs: int = 3, num_levels: int = 5, branches: Sequence[Branch] = BRANCHES
+    ) -> None:
         super().__init__()
         self.num_levels = num_levels
-        self.cls = SeparableTower(channels, num_convs, num_levels)
-        self.reg = SeparableTower(channels, num_convs, num_levels)
+        self.branches = check_branches(branches)
+        for branch in self.branches:
+            self.add_module(branch, SeparableTower(channels, num_convs, num_levels))
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
-        """Pyramid of L x (B, C, H, W) -> features for classification and regression of the same shapes.
+        """Pyramid of L x (B, C, H, W) -> features of every branch, of the same shapes.
 
         Norms see the positions that `valid`, L x (B, 1, H, W) bool, marks: the result does not depend on padding.
 
@@ -50,11 +56,13 @@ class SeparableHead(nn.Module):
         if len(features) != self.num_levels:
             raise UserError(f"the pyramid has {len(features)} levels: set head.num_levels, now {self.num_levels}")
         areas: Sequence[Tensor | None] = valid or [None] * len(features)
-        cls, reg = (
-            [tower(x, level, area) for level, (x, area) in enumerate(zip(features, areas, strict=True))]
-            for tower in (self.cls, self.reg)
+        towers = {branch: getattr(self, branch) for branch in self.branches}
+        return HeadOutput.of(
+            {
+                branch: [tower(x, level, area) for level, (x, area) in enumerate(zip(features, areas, strict=True))]
+                for branch, tower in towers.items()
+            }
         )
-        return HeadOutput(cls, reg)
 
 
 class SeparableTower(nn.Module):

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dyndet.models.detectors.base import RawMaps
+from dyndet.models.detectors.base import Branch, RawMaps
 from dyndet.models.heads.init import init_normal
 from dyndet.models.predictors.anchors import AnchorGrid, AnchorTargets, BoxCoder
 from dyndet.models.predictors.maps import check_labels, flat, last_conv, shapes_of, widened
@@ -49,6 +49,8 @@ class AnchorPredictor(nn.Module, ABC):
     Raises:
         ValueError: on an even kernel.
     """
+
+    reads: tuple[Branch, ...] = ("cls", "reg")
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from dyndet.models.detectors.base import RawMaps
+from dyndet.models.detectors.base import Branch, RawMaps
 from dyndet.models.heads.init import fill_bias, init_normal
 from dyndet.models.predictors.assign import CenterSampling
 from dyndet.models.predictors.maps import check_kernel, check_labels, flat, flat_levels, shapes_of
@@ -55,6 +55,8 @@ class FCOS(nn.Module):
         postprocess: threshold, top-k and NMS; None takes 0.05, 1000 per level, 0.6, 100.
         ignore_padding: leave points on padding out of losses and detections (the published code keeps them).
     """
+
+    reads: tuple[Branch, ...] = ("cls", "reg")
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from dyndet.models.detectors.base import RawMaps
+from dyndet.models.detectors.base import Branch, RawMaps
 from dyndet.models.predictors.implicit import ImplicitConv
 from dyndet.models.predictors.maps import check_labels
 from dyndet.models.predictors.postprocess import Postprocess
@@ -53,6 +53,7 @@ class YoloPredictor(nn.Module):
         ValueError: when channels, anchors or balance do not fit the strides.
     """
 
+    reads: tuple[Branch, ...] = ("cls",)
     anchors: Tensor
 
     def __init__(

@@ -195,7 +195,7 @@ def box_losses(logits: Tensor, deltas: Tensor, samples: RoISamples, beta: float)
     labels = torch.cat(samples.labels)
     count = max(len(labels), 1)
     positive = (labels > 0).nonzero()[:, 0]
-    predicted = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
+    predicted = deltas.view(len(deltas), deltas.shape[1] // 4, 4)[positive, labels[positive]]
     box = F.smooth_l1_loss(predicted, torch.cat(samples.deltas)[positive], beta=beta, reduction="sum")
     return F.cross_entropy(logits, labels, reduction="sum") / count, box / count
 

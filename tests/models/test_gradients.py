@@ -1,0 +1,140 @@
+"""Every weight trains in every step, whatever the batch holds: processes wait for each other's gradients."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from omegaconf import DictConfig, OmegaConf
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
+
+from dyndet.config import build, compose_experiment
+from dyndet.models.detectors.dense import assemble_dense
+from dyndet.models.detectors.pyramid import PyramidDetector
+from dyndet.models.detectors.two_stage import TwoStageDetector, assemble_two_stage
+from dyndet.structures import Target
+
+HEADS = [
+    "plain_small", "fixed_small", "fine_grained_small", "coarse_small", "dyhead_small", "dyhead_towers_small",
+    "dyhead_fine_grained_small", "separable_small", "none",
+]  # fmt: skip
+ONE_STAGE = ["fcos_small", "atss_small", "retinanet_small", "freeanchor_small", "yolo_small"]
+TWO_STAGE = ["faster_rcnn_small", "cascade_rcnn", "mask_rcnn_small"]
+SMALL = [
+    "neck.channels=16", "head.depth=1", "head.num_blocks=1", "head.num_convs=1", "head.towers.depth=1",
+    "predictor.roi.head.hidden=16", "predictor.roi.box.head.hidden=16", "predictor.rpn.max_proposals=20",
+]  # fmt: skip
+
+
+@cache
+def config(choice: str) -> DictConfig:
+    """The configuration with one part exchanged, small where it can be."""
+    whole = compose_experiment(None, [choice])
+    for key, value in (item.split("=") for item in SMALL):
+        if OmegaConf.select(whole, key) is not None:
+            OmegaConf.update(whole, key, int(value))
+    return whole
+
+
+def tiny(head: str, predictor: str) -> PyramidDetector:
+    """Of parts that wait for their width, so that not every pair has to be composed."""
+    rest = config(f"predictor={predictor}")
+    parts = {name: build(rest[name]) for name in ("preprocess", "backbone", "neck")}
+    parts["head"] = build(config(f"head={head}").head)
+    if predictor in TWO_STAGE:
+        return assemble_two_stage(rpn=build(rest.predictor.rpn), predictor=build(rest.predictor.roi), **parts).train()
+    return assemble_dense(predictor=build(rest.predictor), **parts).train()
+
+
+def targets(count: int) -> list[Target]:
+    """Of two images of 64 pixels, the second of which is empty."""
+    boxes = torch.tensor([[4.0, 6, 26, 30], [34, 30, 60, 58]])[:count]
+    masks = torch.zeros(count, 64, 64, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = True
+    labels = torch.arange(count)
+    nothing = torch.zeros(0, dtype=torch.bool)
+    return [
+        Target(boxes, labels, labels < 0, masks),
+        Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), nothing, torch.zeros(0, 64, 64, dtype=torch.bool)),
+    ]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("predictor", ONE_STAGE + TWO_STAGE)
+def test_every_weight_has_a_gradient(head: str, predictor: str) -> None:
+    torch.manual_seed(0)
+    detector = tiny(head, predictor)
+    for count in (2, 0):
+        detector.zero_grad()
+        total = detector.losses(torch.rand(2, 3, 64, 64), targets(count)).total
+        total.backward()
+        assert total.isfinite()
+        assert [
+            name for name, weight in detector.named_parameters() if weight.requires_grad and weight.grad is None
+        ] == []
+
+
+@pytest.mark.parametrize("predictor", TWO_STAGE)
+def test_so_it_has_without_a_single_region(predictor: str) -> None:
+    detector = tiny("none", predictor)
+    assert isinstance(detector, TwoStageDetector)
+    detector.rpn.proposals = lambda raw, *_: [torch.zeros(0, 4)] * len(raw[0]["deltas"])  # type: ignore[method-assign]
+    total = detector.losses(torch.rand(2, 3, 64, 64), targets(0)).total
+    total.backward()
+    assert total.isfinite() and all(p.grad is not None for p in detector.parameters())
+
+
+class Step(torch.nn.Module):
+    """What a process wraps: its forward pass is the loss."""
+
+    def __init__(self, detector: PyramidDetector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: torch.Tensor, wanted: list[Target]) -> torch.Tensor:
+        return self.detector.losses(images, wanted).total
+
+
+PAIRS = [
+    ("plain_small", "yolo_small"), ("fixed_small", "faster_rcnn_small"), ("fine_grained_small", "yolo_small"),
+    ("dyhead_fine_grained_small", "cascade_rcnn"), ("separable_small", "mask_rcnn_small"),
+]  # fmt: skip
+
+
+def train_in_process(rank: int, store: str, results: dict[int, list[bool]]) -> None:
+    """Two steps for every pair; the first process has objects, the other one none."""
+    torch.set_num_threads(1)
+    wait = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
+    same = []
+    for head, predictor in PAIRS:
+        torch.manual_seed(0)
+        step = DistributedDataParallel(Step(tiny(head, predictor)))
+        before = parameters_to_vector(step.parameters()).detach()
+        optimizer = torch.optim.SGD(step.parameters(), lr=1e-4)
+        torch.manual_seed(rank)
+        for _ in range(2):
+            optimizer.zero_grad()
+            step(torch.rand(2, 3, 64, 64), targets(0 if rank else 2)).backward()
+            optimizer.step()
+        after = parameters_to_vector(step.parameters()).detach()
+        both = [torch.empty_like(after) for _ in range(2)]
+        dist.all_gather(both, after)
+        same.append(torch.equal(*both) and bool(after.isfinite().all()) and not torch.equal(before, after))
+    results[rank] = same
+    dist.destroy_process_group()
+
+
+def test_processes_train_what_a_predictor_of_one_branch_reads(tmp_path: Path) -> None:
+    with mp.Manager() as manager:
+        results = manager.dict()
+        arguments = (str(tmp_path / "store"), results)
+        mp.start_processes(train_in_process, arguments, nprocs=2, start_method="fork")  # type: ignore[attr-defined]
+        assert dict(results) == {0: [True] * len(PAIRS), 1: [True] * len(PAIRS)}
