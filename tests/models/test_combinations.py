@@ -6,6 +6,8 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from small_detectors import HEADS as ALL_HEADS
+from small_detectors import ONE_STAGE, TWO_STAGE, targets, tiny
 
 from dyndet import build_detector
 from dyndet.structures import Target
@@ -80,3 +82,23 @@ def test_it_learns_and_detects(row: tuple[str, str, str, str]) -> None:
     assert found[1].boxes[:, 2].max() <= 56 and found[1].boxes[:, 3].max() <= 48
     if routing is not None:
         assert routing.used_ratio().min() > 0 and routing.used_ratio().max() <= 1
+
+
+ABLATIONS = [f"dyhead_small head.{part}=false" for part in ("spatial", "scale", "task")]
+HALF = [
+    *((head, predictor, torch.bfloat16) for head in ALL_HEADS for predictor in ONE_STAGE + TWO_STAGE),
+    *((head, "fcos_small", torch.bfloat16) for head in ABLATIONS),
+    *((head, "fcos_small", torch.float16) for head in ALL_HEADS + ABLATIONS),
+]
+
+
+@pytest.mark.parametrize(("head", "predictor", "dtype"), HALF, ids=str)
+def test_it_trains_in_half_precision(head: str, predictor: str, dtype: torch.dtype) -> None:
+    """As `trainer.precision=bf16-mixed` and `16-mixed` do."""
+    torch.manual_seed(0)
+    detector = tiny(head, predictor)
+    with torch.autocast("cpu", dtype=dtype):
+        losses = detector.losses(torch.rand(2, 3, 64, 64), targets(2))
+    assert losses.total.dtype == torch.float32 and losses.total.isfinite()
+    losses.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())

@@ -47,7 +47,8 @@ class SpatialConv(nn.Module):
     def forward(self, x: Tensor, sampling: Sampling | None) -> Tensor:
         """(B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)), not yet normalised."""
         if sampling is None:
-            return F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=1)
+            # In the precision of its weights, as the deformable one: no autocast does it here.
+            return F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, stride=self.stride, padding=1)
         return modulated_deform_conv(x, *sampling, self.weight, self.bias, stride=self.stride)
 
     def normalise(self, x: Tensor, valid: Tensor | None) -> Tensor:
