@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dyndet.metrics.curve import Split
-from dyndet.report.curve import speed_plot
+from dyndet.speeds.plot import speed_plot
+from dyndet.speeds.splits import Split
 
 
 def main(arguments: Sequence[str]) -> None:

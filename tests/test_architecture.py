@@ -12,14 +12,17 @@ PACKAGE = ROOT / "src" / "dyndet"
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ("errors", "routing", "structures"),
+    ("errors", "layout", "routing", "structures"),
     ("ops", "kernels"),
     ("models",),
     ("data",),
     ("metrics", "report"),
+    ("speeds",),
+    ("cli", "conf"),
+    ("checkpoints",),
     ("lightning",),
-    ("arguments", "config", "command", "device", "trusted", "checkpoint", "speed", "api", "conf"),
-    ("initial", "train", "step2", "evaluate", "predict", "calibrate", "convert", "report.__main__"),
+    ("api",),
+    ("train", "evaluate", "predict", "calibrate", "convert", "report.__main__"),
 ]
 MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

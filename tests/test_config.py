@@ -12,12 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dyndet import build_detector
-from dyndet.arguments import check_arguments
-from dyndet.config import build, compose_experiment
-from dyndet.device import device_of
+from dyndet.checkpoints.trusted import check_stored
+from dyndet.cli.arguments import check_arguments
+from dyndet.cli.compose import build, compose_experiment
+from dyndet.cli.device import device_of
 from dyndet.errors import UserError
-from dyndet.models.detectors.cascade import CascadeDetector
-from dyndet.trusted import check_stored
+from dyndet.models.detectors.dynamic import CascadeDetector
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dyndet.checkpoint import Checkpoint, read_checkpoint
-from dyndet.config import build, compose_experiment
+from dyndet.checkpoints.read import Checkpoint, read_checkpoint
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.errors import UserError
 from dyndet.models.detectors.base import Detector
 from dyndet.models.fuse import fused
-from dyndet.speed import Calibration, set_speed
+from dyndet.speeds.set import Calibration, set_speed
 
 
 def build_detector(experiment: str | None = None, overrides: Sequence[str] = ()) -> Detector:
@@ -45,7 +45,7 @@ def load_detector(
     Args:
         checkpoint: written by `dyndet.train`.
         impl: execution of the sparse operations ("auto", "dense", "gather", "triton"); None keeps the experiment's.
-        speed: for instance "macs:60e9" or "easy", see `dyndet.speed`; None leaves it as trained.
+        speed: for instance "macs:60e9" or "easy", see `dyndet.speeds.set`; None leaves it as trained.
         fuse: fold norms and parallel branches into convolutions where a part can (YOLO); it computes the same, faster,
             and cannot train.
         trust: build whatever the file names, which can run any code: your own parts, say.

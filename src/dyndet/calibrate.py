@@ -1,7 +1,7 @@
 """`python -m dyndet.calibrate ckpt=FILE [images=200] [latency_images=16]`: one model, any speed.
 
 Measures what a trained detector costs at its speeds and keeps it in the checkpoint; from then on every command takes
-`speed=...`, see `dyndet.speed`. Of a cascade it also prints and draws AP at every split between its two routes.
+`speed=...`, see `dyndet.speeds.set`. Of a cascade it also prints and draws AP at every split between its two routes.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from rich.progress import track
 from rich.table import Table
 
 from dyndet.api import detector_from
-from dyndet.checkpoint import read_checkpoint, write_calibration
-from dyndet.command import run
-from dyndet.config import build, fill
+from dyndet.checkpoints.read import read_checkpoint, write_calibration
+from dyndet.cli.command import run
+from dyndet.cli.compose import build, fill
+from dyndet.cli.device import device_of
 from dyndet.data.datamodule import DetectionDataModule
-from dyndet.device import device_of
 from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
-from dyndet.metrics.curve import BothWays, Split, go_both_ways
 from dyndet.metrics.static import StaticCosts, meter_batch
-from dyndet.metrics.timing import device_name, time_detections
 from dyndet.models.detectors.base import Detector
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
-from dyndet.report.curve import speed_plot
-from dyndet.speed import Calibration, Point, cascade_settings, easiness_of
+from dyndet.speeds.plot import speed_plot
+from dyndet.speeds.set import Calibration, Point, cascade_settings, easiness_of
+from dyndet.speeds.splits import BothWays, Split, go_both_ways
+from dyndet.speeds.timing import device_name, time_detections
 from dyndet.structures import ImageBatch
 
 

@@ -17,23 +17,23 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from dyndet.api import detector_from
-from dyndet.checkpoint import read_checkpoint
-from dyndet.command import run
-from dyndet.config import build, fill
+from dyndet.checkpoints.read import read_checkpoint
+from dyndet.cli.command import run
+from dyndet.cli.compose import build, fill
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.lightning.callbacks import Collect, Progress
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.compute import ComputeReport
 from dyndet.metrics.export import write_results
-from dyndet.metrics.timing import device_name, time_detections, time_head
 from dyndet.models.detectors.base import Detector
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.report.summary import print_summary
-from dyndet.speed import cascade_settings
+from dyndet.speeds.set import cascade_settings
+from dyndet.speeds.timing import device_name, time_detections, time_head
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:

@@ -11,18 +11,18 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from dyndet.api import detector_from
-from dyndet.checkpoint import read_checkpoint
-from dyndet.command import run
-from dyndet.config import build
+from dyndet.checkpoints.read import read_checkpoint
+from dyndet.cli.command import run
+from dyndet.cli.compose import build
+from dyndet.cli.device import device_of
 from dyndet.data.collate import Collate
 from dyndet.data.masks import encode_mask
 from dyndet.data.sources import find_images, read_unlabelled
 from dyndet.data.transforms import Compose
-from dyndet.device import device_of
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.report.draw import draw_detections
-from dyndet.report.gates import preview
+from dyndet.report.gate_maps import preview
 from dyndet.routing import Routes, Routing
 from dyndet.structures import Category, Detections
 

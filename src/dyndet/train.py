@@ -12,18 +12,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dyndet.checkpoint import check_resumable, resume_path
-from dyndet.command import run
-from dyndet.config import build
+from dyndet.checkpoints.read import check_resumable, resume_path
+from dyndet.checkpoints.start_from import start_from
+from dyndet.cli.command import run
+from dyndet.cli.compose import build
 from dyndet.errors import UserError
-from dyndet.initial import start_from
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
 from dyndet.lightning.joint import JointModule
+from dyndet.lightning.step2 import router_parts
 from dyndet.models.detectors.base import Detector
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.report.summary import print_summary
-from dyndet.step2 import router_parts
 
 
 def train(config: DictConfig) -> dict[str, float]:

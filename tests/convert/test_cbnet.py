@@ -13,11 +13,11 @@ from released_layouts import CLASSES, Shapes, conv, marked, norm, openmmlab_fpn,
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from dyndet.config import build, compose_experiment
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.convert import Converted, read_release, save_release
 from dyndet.errors import UserError
-from dyndet.models.detectors.cascade import CascadeDetector
-from dyndet.step2 import load_detectors
+from dyndet.lightning.step2 import load_detectors
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.structures import ImageBatch
 
 WIDTHS = (64, 256, 512, 1024, 2048)

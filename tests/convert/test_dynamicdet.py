@@ -18,14 +18,14 @@ from released_layouts import RELEASES, marked
 from torch import Tensor, nn
 
 from dyndet import load_detector
-from dyndet.config import build, compose_command
+from dyndet.cli.compose import build, compose_command
 from dyndet.convert import Converted, __main__, dynamicdet, read_release, release, save_release
 from dyndet.convert.engine import apply_rules
-from dyndet.convert.read import Source, read_source
 from dyndet.convert.recipe import FILLS, Recipe
+from dyndet.convert.source import Source, read_source
 from dyndet.errors import UserError
-from dyndet.models.detectors.cascade import CascadeDetector
-from dyndet.models.yolo.blocks import scaled
+from dyndet.models.backbones.yolov7_blocks import scaled
+from dyndet.models.detectors.dynamic import CascadeDetector
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -13,10 +13,10 @@ import torch
 from released_layouts import RELEASES, marked
 from torch import Tensor
 
-from dyndet.config import build, compose_command, compose_experiment
+from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.convert import read_release
 from dyndet.convert.__main__ import convert
-from dyndet.convert.read import read_source
+from dyndet.convert.source import read_source
 from dyndet.errors import UserError
 from dyndet.structures import ImageBatch
 

@@ -12,7 +12,7 @@ from released_layouts import RELEASES, authors_dyhead, cvpods_nodes, random_weig
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from dyndet.config import build
+from dyndet.cli.compose import build
 from dyndet.convert import read_release
 
 Weights = dict[str, Tensor]

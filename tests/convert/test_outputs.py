@@ -17,9 +17,9 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from dyndet import load_detector
-from dyndet.config import build, compose_command
+from dyndet.cli.compose import build, compose_command
 from dyndet.convert import Converted, read_release, save_release
-from dyndet.convert.transforms import background_first, linear_of_1x1, merged_by_position
+from dyndet.convert.tensor_transforms import background_first, linear_of_1x1, merged_by_position
 from dyndet.models.detectors.dense import DenseDetector
 from dyndet.models.heads.attention import TaskAttention
 from dyndet.models.predictors.anchor_based import AnchorPredictor

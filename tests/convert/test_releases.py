@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import dyndet
 from dyndet import build_detector
-from dyndet.config import build
+from dyndet.cli.compose import build
 from dyndet.convert import Converted, read_release
-from dyndet.convert.coco import coco_categories
+from dyndet.convert.coco_categories import coco_categories
 from dyndet.errors import UserError
 
 

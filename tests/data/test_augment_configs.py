@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dyndet.config import build, compose_experiment
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 

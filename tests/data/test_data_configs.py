@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dyndet.config import build, compose_experiment
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.data.datamodule import DetectionDataModule
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from dyndet.calibrate import calibrate
-from dyndet.config import build, compose_command, compose_experiment
+from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.evaluate import evaluate
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from dyndet.errors import UserError
-from dyndet.lightning.budget import BudgetWarmup
+from dyndet.lightning.budget_warmup import BudgetWarmup
 from dyndet.models.budget import Budget
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dyndet.config import compose_experiment
+from dyndet.cli.compose import compose_experiment
 from dyndet.errors import DivergedError
 from dyndet.models.detectors.dense import DenseDetector
 from dyndet.structures import Losses

@@ -19,8 +19,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 import dyndet
-from dyndet.checkpoint import read_checkpoint
-from dyndet.config import build, compose_command, compose_experiment
+from dyndet.checkpoints.read import read_checkpoint
+from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.shapes import ShapesDataset
 from dyndet.data.transforms import Resize

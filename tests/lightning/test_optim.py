@@ -11,7 +11,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet import build_detector
-from dyndet.config import build, compose_experiment
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.lightning.optim import WarmupCosine, build_optimizer, one_cycle, warmup_multistep
 
 

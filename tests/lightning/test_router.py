@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 import dyndet
-import dyndet.step2 as step2_module
+import dyndet.lightning.step2 as step2_module
 from dyndet.calibrate import calibrate
-from dyndet.checkpoint import read_checkpoint
-from dyndet.config import build, compose_command, compose_experiment
+from dyndet.checkpoints.read import read_checkpoint
+from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.errors import UserError
 from dyndet.evaluate import evaluate
 from dyndet.lightning import lessons
 from dyndet.lightning.lessons import collect
-from dyndet.lightning.router import RouterModule, learn
-from dyndet.metrics import timing
-from dyndet.models.cascade.offset import Constant, RunningMedian
-from dyndet.models.detectors.cascade import CascadeDetector, Seen
+from dyndet.lightning.router_module import RouterModule, learn
+from dyndet.models.detectors.dynamic import CascadeDetector, Seen
+from dyndet.models.dynamicdet.offset import Constant, RunningMedian
 from dyndet.predict import predict
-from dyndet.speed import Calibration, Point, set_speed
+from dyndet.speeds import timing
+from dyndet.speeds.set import Calibration, Point, set_speed
 from dyndet.train import train
 
 TINY = [
@@ -192,7 +192,7 @@ def test_the_running_median_is_of_all_processes(init: Path, monkeypatch: pytest.
     detector: CascadeDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
     offset = RunningMedian()
     module = RouterModule(detector, offset=offset, categories=read_checkpoint(init).categories)
-    monkeypatch.setattr("dyndet.lightning.router.gathered", lambda mine: [*mine, 7.0, 9.0, 8.0])
+    monkeypatch.setattr("dyndet.lightning.router_module.gathered", lambda mine: [*mine, 7.0, 9.0, 8.0])
     monkeypatch.setattr(module, "log_dict", lambda *_, **__: None)
     assert detector.router is not None
     pooled = torch.zeros(1, detector.router.hidden.in_features)

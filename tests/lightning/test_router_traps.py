@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from dyndet.calibrate import calibrate
-from dyndet.checkpoint import read_checkpoint
-from dyndet.config import build, compose_command, compose_experiment
+from dyndet.checkpoints.read import read_checkpoint
+from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.shapes import ShapesDataset
 from dyndet.evaluate import evaluate
 from dyndet.lightning.lessons import LessonDataModule, Lessons
-from dyndet.lightning.router import Lesson
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.lightning.router_module import Lesson
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.predict import predict
 from dyndet.train import train
 

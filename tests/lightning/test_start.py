@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dyndet import build_detector
-from dyndet.config import compose_experiment
+from dyndet.checkpoints.start_from import start_from
+from dyndet.cli.compose import compose_experiment
 from dyndet.errors import UserError
-from dyndet.initial import start_from
 from dyndet.train import train
 
 TINY = [

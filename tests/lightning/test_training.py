@@ -14,8 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import dyndet
-from dyndet.checkpoint import read_checkpoint, resume_path
-from dyndet.config import build, compose_command, compose_experiment
+from dyndet.checkpoints.read import read_checkpoint, resume_path
+from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.data.sources import find_images
 from dyndet.errors import UserError
 from dyndet.evaluate import evaluate

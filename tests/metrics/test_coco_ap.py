@@ -16,7 +16,7 @@ from official import official
 from torch import Tensor
 
 from dyndet.errors import UserError
-from dyndet.metrics.coco import CocoMetric
+from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.export import to_coco_json, write_ground_truth
 from dyndet.structures import Category, Detections, Sample, Target
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dyndet.api import build_detector
-from dyndet.metrics.curve import BothWays, go_both_ways, quantile, spearman
 from dyndet.metrics.static import StaticCosts
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.speeds.splits import BothWays, go_both_ways, quantile, spearman
 from dyndet.structures import Batch, Category, Detections, ImageBatch, Target
 
 

@@ -20,7 +20,7 @@ from dyndet.data.dataset import DetectionDataset
 from dyndet.data.shapes import ShapesDataset
 from dyndet.data.transforms import Resize, ResizeShortestEdge
 from dyndet.errors import UserError
-from dyndet.metrics.coco import CocoMetric
+from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.export import original_masks, to_coco_json, write_ground_truth, write_results
 from dyndet.structures import Detections, Sample, Target
 

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dyndet.config import build, compose_experiment
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.models.detectors.dense import assemble_dense
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.detectors.two_stage import assemble_two_stage

@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyndet.models.predictors import atss_assign, freeanchor, iou_assign
 from dyndet.models.predictors.anchors import AnchorTargets
-from dyndet.models.predictors.assign import CenterSampling, PointTargets
 from dyndet.models.predictors.atss_assign import AdaptiveAssigner
+from dyndet.models.predictors.fcos_assign import CenterSampling, PointTargets
 from dyndet.models.predictors.freeanchor import FreeAnchor
 from dyndet.models.predictors.iou_assign import IoUAssigner
 from dyndet.ops.boxes import chunks_of

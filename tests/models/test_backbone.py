@@ -12,10 +12,10 @@ from timm.layers import DropPath  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from dyndet.errors import UserError
-from dyndet.models.backbone import TimmBackbone
-from dyndet.models.deformable import DeformConv, deform_stages
+from dyndet.models.backbones.deformable import DeformConv, deform_stages
+from dyndet.models.backbones.timm import TimmBackbone
+from dyndet.models.backbones.weights import load_backbone_weights, read_weights
 from dyndet.models.heads.init import fill_bias
-from dyndet.models.weights import load_backbone_weights, read_weights
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
@@ -95,7 +95,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_released_lite0_weights_give_the_reference_logits(shared_weights: Path) -> None:
     """All 296 tensors find their place by name: same order and shapes in both, so names can be checked by position."""
-    from dyndet.models.weights import _from_efficientnet_lite
+    from dyndet.models.backbones.weights import _from_efficientnet_lite
 
     released = read_weights(shared_weights / "efficientnet-lite0-57934424.pth")
     renamed = _from_efficientnet_lite(released)

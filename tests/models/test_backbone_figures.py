@@ -13,8 +13,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dyndet.config import compose_command
-from dyndet.models.backbone import TimmBackbone
+from dyndet.cli.compose import compose_command
+from dyndet.models.backbones.timm import TimmBackbone
 from dyndet.ops.flops import GIGA, mac_counter
 
 CONF = Path(__file__).parents[2] / "conf" / "backbone"

@@ -12,15 +12,15 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from dyndet.api import build_detector
-from dyndet.config import compose_experiment
+from dyndet.cli.compose import compose_experiment
 from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
-from dyndet.models.backbone import TimmBackbone
-from dyndet.models.cascade.links import CompositeLinks, NormLink, RandomLink, ResidualLink, run_linked
-from dyndet.models.cascade.router import Router
-from dyndet.models.detectors.cascade import CascadeDetector
-from dyndet.models.stages import run_stages
+from dyndet.models.backbones.stages import run_stages
+from dyndet.models.backbones.timm import TimmBackbone
+from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.dynamicdet.links import CompositeLinks, NormLink, RandomLink, ResidualLink, run_linked
+from dyndet.models.dynamicdet.router import Router
 from dyndet.routing import Routes
 from dyndet.structures import Detections, ImageBatch
 
@@ -80,7 +80,7 @@ EXPERIMENTS = {
     "yolo": ("shapes_dy_yolo",),
     "two_stage": ("shapes_faster_rcnn", "detector=cascade_two_stage"),
     "shared": ("shapes_dy_tiny", "detector.share_neck_head=true", "detector.shared_stages=1", "detector.first_link=2"),
-    "norm": ("shapes_dy_tiny", "detector.link._target_=dyndet.models.cascade.links.NormLink"),
+    "norm": ("shapes_dy_tiny", "detector.link._target_=dyndet.models.dynamicdet.links.NormLink"),
 }
 
 
@@ -236,7 +236,7 @@ class Halving(nn.Module):
     stage_channels = link_channels = (1, 1, 1)
 
     def stages(self) -> list[object]:
-        from dyndet.models.stages import Stage
+        from dyndet.models.backbones.stages import Stage
 
         return [
             Stage(lambda x, other=None: nn.functional.avg_pool2d(x if other is None else other, 2), lambda x: x + 1)

@@ -10,9 +10,9 @@ from anchor_oracles import HEIGHT, SHAPES, STRIDES, WIDTH, random_maps, target_o
 from torch import Tensor
 
 from dyndet.models.predictors.anchors import AnchorGrid, BoxCoder
-from dyndet.models.predictors.assign import CenterSampling
 from dyndet.models.predictors.atss import ATSS
 from dyndet.models.predictors.fcos import FCOS
+from dyndet.models.predictors.fcos_assign import CenterSampling
 from dyndet.models.predictors.freeanchor import FreeAnchor
 from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.postprocess import Postprocess

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dyndet.api import build_detector
-from dyndet.models.cascade.links import NormLink, ResidualLink
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.dynamicdet.links import NormLink, ResidualLink
 from dyndet.ops.flops import MacCounter
 
 SIZE = (800, 1280)

@@ -59,13 +59,13 @@ from torch import Tensor, nn
 from yolo_oracles import ANCHORS, STRIDES, random_preds
 
 from dyndet.api import build_detector
-from dyndet.config import compose_experiment
+from dyndet.cli.compose import compose_experiment
 from dyndet.metrics.static import StaticCosts
-from dyndet.models.cascade.offset import RunningMedian
-from dyndet.models.detectors.cascade import CascadeDetector, Route
-from dyndet.models.predictors.yolo import YoloPredictor
+from dyndet.models.detectors.dynamic import CascadeDetector, Route
+from dyndet.models.dynamicdet.offset import RunningMedian
+from dyndet.models.predictors.yolo_predictor import YoloPredictor
 from dyndet.ops.flops import MacCounter
-from dyndet.speed import Calibration, Point, set_speed
+from dyndet.speeds.set import Calibration, Point, set_speed
 from dyndet.structures import Target
 
 TESTS = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dyndet.models.predictors.assign import CenterSampling, regress_ranges
 from dyndet.models.predictors.fcos import FCOS
+from dyndet.models.predictors.fcos_assign import CenterSampling, regress_ranges
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.ops.grid import level_points, valid_masks
 from dyndet.structures import HeadOutput, ImageBatch, Target

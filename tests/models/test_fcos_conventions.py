@@ -35,8 +35,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dyndet.models.predictors import fcos
-from dyndet.models.predictors.assign import CenterSampling
 from dyndet.models.predictors.fcos import FCOS
+from dyndet.models.predictors.fcos_assign import CenterSampling
 from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.structures import HeadOutput, ImageBatch

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from dyndet import build_detector
 from dyndet.errors import UserError
-from dyndet.models.backbone import TimmBackbone
+from dyndet.models.backbones.timm import TimmBackbone
 from dyndet.models.detectors.two_stage import TwoStageDetector, assemble_two_stage
 from dyndet.models.heads.none import NoHead
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.predictors.anchors import AnchorGrid
 from dyndet.models.preprocess import Preprocess
-from dyndet.models.two_stage.cascade import CascadeRCNN
+from dyndet.models.two_stage.cascade_rcnn import CascadeRCNN
 from dyndet.models.two_stage.mask import MaskHead, MaskRCNN, crop_masks, paste_masks
 from dyndet.models.two_stage.roi import BoxHead, FastRCNN, RoISamples
 from dyndet.models.two_stage.rpn import RPN

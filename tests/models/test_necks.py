@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from dyndet.config import compose_command
+from dyndet.cli.compose import compose_command
 from dyndet.models.necks.bifpn import BiFPN, Fusion
 from dyndet.models.necks.fpn import FPN
 from dyndet.ops.flops import GIGA, mac_counter

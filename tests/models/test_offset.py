@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyndet.models.cascade.offset import Constant, RunningMedian, make_offset, router_loss
+from dyndet.models.dynamicdet.offset import Constant, RunningMedian, make_offset, router_loss
 
 NUMBERS = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=40)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dyndet.config import build, compose_experiment
+from dyndet.cli.compose import build, compose_experiment
 
 FIELDS: dict[str, str] = {
     "offset": "anchors.offset",

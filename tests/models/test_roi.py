@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyndet.models.two_stage.cascade import CascadeRCNN
+from dyndet.models.two_stage.cascade_rcnn import CascadeRCNN
 from dyndet.models.two_stage.roi import BoxHead, FastRCNN, PyramidRoIAlign, RoISamples
 from dyndet.structures import Target
 

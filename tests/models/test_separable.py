@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from dyndet.config import compose_command
+from dyndet.cli.compose import compose_command
 from dyndet.models.heads.separable import SeparableHead
 from dyndet.models.predictors.maps import last_conv
 from dyndet.ops.flops import mac_counter

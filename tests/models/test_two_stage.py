@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from dyndet import build_detector
-from dyndet.models.backbone import TimmBackbone
+from dyndet.models.backbones.timm import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.two_stage import TwoStageDetector, assemble_two_stage
 from dyndet.models.heads.fine_grained import FineGrainedHead
@@ -19,7 +19,7 @@ from dyndet.models.heads.none import NoHead
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.predictors.anchors import AnchorGrid
 from dyndet.models.preprocess import Preprocess
-from dyndet.models.two_stage.cascade import CascadeRCNN
+from dyndet.models.two_stage.cascade_rcnn import CascadeRCNN
 from dyndet.models.two_stage.roi import BoxHead, FastRCNN
 from dyndet.models.two_stage.rpn import RPN
 from dyndet.ops.flops import count_macs

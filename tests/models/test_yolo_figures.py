@@ -11,12 +11,12 @@ from torch import nn
 from dyndet.api import build_detector
 from dyndet.errors import UserError
 from dyndet.metrics.static import StaticCosts
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.backbones.yolov7 import YoloBackbone
+from dyndet.models.backbones.yolov7_blocks import ConvNorm, RepConv, SpaceToDepth
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.models.fuse import fused
+from dyndet.models.necks.yolov7_pan import YoloNeck
 from dyndet.models.predictors.implicit import ImplicitConv
-from dyndet.models.yolo.backbone import YoloBackbone
-from dyndet.models.yolo.blocks import ConvNorm, RepConv, SpaceToDepth
-from dyndet.models.yolo.neck import YoloNeck
 from dyndet.ops.flops import mac_counter
 
 MODELS = ("yolov7", "yolov7x", "yolov7w6")

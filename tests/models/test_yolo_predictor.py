@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from yolo_oracles import ANCHORS, CANVAS, STRIDES, YoloScene, random_preds, yolo_scenes
 
-from dyndet.models.predictors.yolo import YoloPredictor
 from dyndet.models.predictors.yolo_loss import complete_iou
+from dyndet.models.predictors.yolo_predictor import YoloPredictor
 from dyndet.structures import HeadOutput, Target
 
 Raw = list[dict[str, Tensor]]
@@ -132,7 +132,7 @@ def test_losses_grow_with_the_processes(monkeypatch: pytest.MonkeyPatch) -> None
     """Gradients of several processes are averaged: the batch that losses are multiplied by is the whole one."""
     module, raw = predictor(), random_preds(3, 2)
     alone = values(module.losses(raw, BUSY))
-    monkeypatch.setattr("dyndet.models.predictors.yolo.world_size", lambda: 8)
+    monkeypatch.setattr("dyndet.models.predictors.yolo_predictor.world_size", lambda: 8)
     assert values(module.losses(raw, BUSY)) == {name: pytest.approx(8 * value) for name, value in alone.items()}
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from yolo_oracles import ANCHORS, CANVAS, STRIDES, YoloScene, random_preds, yolo_scenes
 
-from dyndet.models.predictors.yolo import YoloPredictor
 from dyndet.models.predictors.yolo_assign import Matches, Objects, candidates, choose
+from dyndet.models.predictors.yolo_predictor import YoloPredictor
 from dyndet.structures import Target
 
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from yolo_oracles import ANCHORS, CANVAS, STRIDES, YoloScene, random_preds
 
 from dyndet import build_detector
-from dyndet.config import build, compose_experiment
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.models.fuse import fused
 from dyndet.models.predictors.implicit import ImplicitConv
 from dyndet.models.predictors.postprocess import Postprocess
-from dyndet.models.predictors.yolo import YoloPredictor
+from dyndet.models.predictors.yolo_predictor import YoloPredictor
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Target
 
 P5 = "yolo_p5"

@@ -16,7 +16,7 @@ from dyndet.models.predictors.freeanchor import FreeAnchor
 from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.per_image import image_losses
 from dyndet.models.predictors.retinanet import RetinaNet
-from dyndet.models.predictors.yolo import YoloPredictor
+from dyndet.models.predictors.yolo_predictor import YoloPredictor
 from dyndet.ops.grid import valid_masks
 
 Dense = ATSS | RetinaNet | FreeAnchor | FCOS | YoloPredictor

@@ -16,14 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 
 import dyndet
 from dyndet.calibrate import calibrate
-from dyndet.checkpoint import read_checkpoint
-from dyndet.config import build, compose_command, compose_experiment
+from dyndet.checkpoints.read import read_checkpoint
+from dyndet.checkpoints.trusted import CONSTRUCTORS, UNBUILT, check_stored
+from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.errors import UserError
 from dyndet.evaluate import evaluate
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.predict import predict
 from dyndet.train import train
-from dyndet.trusted import CONSTRUCTORS, UNBUILT, check_stored
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = [
@@ -160,7 +160,11 @@ HIDDEN: dict[str, tuple[str, Any, str]] = {
     "a target that is none": ("head/_target_", None, "head._target_"),
     "a target that is a list": ("head/_target_", ["os.getcwd"], "head._target_"),
     "a target with a space": ("head/_target_", " dyndet.models.heads.plain.PlainHead", "head._target_"),
-    "a module of ours, another name": ("head/_target_", "dyndet.models.weights.read_weights", "head._target_"),
+    "a module of ours, another name": (
+        "head/_target_",
+        "dyndet.models.backbones.weights.read_weights",
+        "head._target_",
+    ),
     "under a key with dots": ("head.activation", {"_target_": "os.getcwd"}, "head.activation._target_"),
     "under a number": ("data/module/x", {3: {"_target_": "os.getcwd"}}, "data.module.x.3._target_"),
     "by reference to training": ("head", "${optim.optimizer}", "head"),

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dyndet.report.draw import contact_sheet, draw_detections
-from dyndet.report.gates import compute_map, draw_gates, gate_map, gate_panels, preview
+from dyndet.report.gate_maps import compute_map, draw_gates, gate_map, gate_panels, preview
 from dyndet.report.style import class_color, heat, side_by_side, to_picture
 from dyndet.routing import ConvCost, PathGate, Routing
 from dyndet.structures import Detections, Target

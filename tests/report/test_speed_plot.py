@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dyndet.metrics.curve import Split
-from dyndet.report.curve import mean_curve, speed_plot
+from dyndet.speeds.plot import mean_curve, speed_plot
+from dyndet.speeds.splits import Split
 
 
 def curve(*aps: float) -> list[Split]:

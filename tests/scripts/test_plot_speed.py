@@ -10,7 +10,7 @@ from pathlib import Path
 import plot_speed  # type: ignore[import-not-found]
 import pytest
 
-from dyndet.metrics.curve import Split
+from dyndet.speeds.splits import Split
 
 
 def curve(*aps: float) -> list[Split]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dyndet.command import run
+from dyndet.cli.command import run
 from dyndet.convert.release import read_release, save_release
 from dyndet.errors import UserError
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from dyndet.convert import mmdet
 from dyndet.convert.engine import Rule, drop
-from dyndet.convert.read import Source
 from dyndet.convert.recipe import Recipe, Shapes, has
+from dyndet.convert.source import Source
 from dyndet.errors import UserError
 
 NAME = "CBNetV2"

@@ -19,8 +19,8 @@ from typing import Any
 
 from dyndet.convert.detectron2 import RESNET, dense_rules, fpn_rules, resnet_settings
 from dyndet.convert.engine import Rule, drop
-from dyndet.convert.read import Source
 from dyndet.convert.recipe import COUNTERS, Recipe, Shapes, count, has
+from dyndet.convert.source import Source
 
 NAME = "cvpods"
 

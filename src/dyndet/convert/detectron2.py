@@ -16,9 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 from dyndet.convert.engine import Rule, drop
-from dyndet.convert.read import Source
 from dyndet.convert.recipe import CAFFE, COUNTERS, Recipe, Shapes, count, has, resnet_name
-from dyndet.convert.transforms import background_first
+from dyndet.convert.source import Source
+from dyndet.convert.tensor_transforms import background_first
 from dyndet.errors import UserError
 
 NAME = "detectron2"

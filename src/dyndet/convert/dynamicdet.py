@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from dyndet.convert.engine import Rule, drop
-from dyndet.convert.read import Source
 from dyndet.convert.recipe import Recipe, Shapes, has
-from dyndet.convert.transforms import anchor_pairs, linear_of_1x1, without_batch
+from dyndet.convert.source import Source
+from dyndet.convert.tensor_transforms import anchor_pairs, linear_of_1x1, without_batch
 from dyndet.errors import UserError
 
 NAME = "DynamicDet/YOLOv7"

@@ -21,9 +21,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dyndet.convert.engine import Rule, drop
-from dyndet.convert.read import Source
 from dyndet.convert.recipe import CAFFE, Recipe, Shapes, count, has, resnet_name
-from dyndet.convert.transforms import background_first, linear_of_1x1, merged_by_position
+from dyndet.convert.source import Source
+from dyndet.convert.tensor_transforms import background_first, linear_of_1x1, merged_by_position
 from dyndet.errors import UserError
 
 NAME = "mmdetection"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from dyndet.convert.read import Source
+from dyndet.convert.source import Source
 from dyndet.errors import UserError
 
 

@@ -12,14 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dyndet.api import detector_from
-from dyndet.checkpoint import Checkpoint
-from dyndet.config import build, compose_experiment
+from dyndet.checkpoints.read import Checkpoint
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.convert import cbnet, cvpods, detectron2, dynamicdet, mmdet
-from dyndet.convert.coco import categories_for
+from dyndet.convert.coco_categories import categories_for
 from dyndet.convert.engine import Report, apply_rules
 from dyndet.convert.pixels import pixel_settings
-from dyndet.convert.read import read_source
 from dyndet.convert.recipe import FILLS, Recipe
+from dyndet.convert.source import read_source
 from dyndet.errors import UserError
 from dyndet.models.detectors.base import Detector
 from dyndet.structures import Category

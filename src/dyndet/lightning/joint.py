@@ -7,8 +7,8 @@ from typing import Any, cast
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from dyndet.lightning.detection import DetectionModule
-from dyndet.metrics.coco import CocoMetric
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.metrics.average_precision import CocoMetric
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.structures import Batch
 
 

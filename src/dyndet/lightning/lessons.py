@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.sampler import KeyedDataset, keyed_generator
-from dyndet.lightning.router import Lesson, learn
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.lightning.router_module import Lesson, learn
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.structures import Category, Sample
 
 CHUNK = 64

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from dyndet.lightning.detection import DetectionModule
-from dyndet.report.gates import preview
+from dyndet.report.gate_maps import preview
 from dyndet.structures import Batch
 
 

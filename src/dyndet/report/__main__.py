@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dyndet.command import run
+from dyndet.cli.command import run
 from dyndet.report.runs import collect_runs, compute_number
 from dyndet.report.tables import pareto_plot, report_table
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dyndet.errors import UserError
-from dyndet.models.backbone import TimmBackbone
+from dyndet.models.backbones.timm import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import FeatureMaps, Head, Predictor, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector, fitted

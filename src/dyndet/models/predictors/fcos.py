@@ -18,7 +18,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from dyndet.models.detectors.base import Branch, RawMaps
 from dyndet.models.heads.init import fill_bias, init_normal
-from dyndet.models.predictors.assign import CenterSampling
+from dyndet.models.predictors.fcos_assign import CenterSampling
 from dyndet.models.predictors.maps import check_kernel, check_labels, flat, flat_levels, shapes_of
 from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.postprocess import Postprocess

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dyndet.models.stages import Stage, run_stages
-from dyndet.models.yolo.blocks import ELAN, ConvNorm, SpaceToDepth, Transition, scaled, scaled_taps
+from dyndet.models.backbones.stages import Stage, run_stages
+from dyndet.models.backbones.yolov7_blocks import ELAN, ConvNorm, SpaceToDepth, Transition, scaled, scaled_taps
 from dyndet.structures import Size
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from dyndet.checkpoint import read_checkpoint
+from dyndet.checkpoints.read import read_checkpoint
 from dyndet.errors import UserError
 
 

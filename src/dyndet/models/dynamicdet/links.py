@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyndet.models.stages import StagedBackbone
+from dyndet.models.backbones.stages import StagedBackbone
 
 
 class CompositeLinks(nn.Module):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dyndet.errors import UserError, reason
-from dyndet.models.deformable import DeformConv
+from dyndet.models.backbones.deformable import DeformConv
 
 _CLASSIFIER = ("classifier.", "fc.", "head.", "_fc.")
 

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
-from dyndet.metrics.curve import BothWays, go_both_ways
-from dyndet.models.cascade.offset import Offset, router_loss
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.dynamicdet.offset import Offset, router_loss
 from dyndet.ops.distributed import gathered
+from dyndet.speeds.splits import BothWays, go_both_ways
 from dyndet.structures import Batch, Category
 
 

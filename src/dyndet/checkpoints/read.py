@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from dyndet.command import latest_run
+from dyndet.checkpoints.trusted import check_stored
+from dyndet.cli.command import latest_run
 from dyndet.errors import UserError, reason
 from dyndet.structures import Category
-from dyndet.trusted import check_stored
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Checkpoint:
         config: the experiment that was trained.
         categories: label k is `categories[k]`.
         weights: of the detector (the averaged ones where training kept an average).
-        calibration: what `python -m dyndet.calibrate` measured, see `dyndet.speed.Calibration`; None before.
+        calibration: what `python -m dyndet.calibrate` measured, see `dyndet.speeds.set.Calibration`; None before.
     """
 
     config: DictConfig
@@ -45,7 +45,7 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", trust: bool = False)
 
     Raises:
         UserError: if the file is missing, damaged, not ours, or holds anything but plain data; if its configuration
-            names more than dyndet's parts and is not trusted, see `dyndet.trusted`.
+            names more than dyndet's parts and is not trusted, see `dyndet.checkpoints.trusted`.
     """
     content = _content(Path(path), key)
     extra = content["dyndet"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyndet.models.yolo.blocks import ELAN, SPPCSPC, ConvNorm, RepConv, Transition, scaled, scaled_taps
+from dyndet.models.backbones.yolov7_blocks import ELAN, SPPCSPC, ConvNorm, RepConv, Transition, scaled, scaled_taps
 
 
 class YoloNeck(nn.Module):

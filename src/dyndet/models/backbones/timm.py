@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyndet.errors import UserError, reason
-from dyndet.models.deformable import deform_stages
-from dyndet.models.stages import Stage, drop_modules, timm_stages
-from dyndet.models.swin import ANY_SIZE, is_swin, pad_windows
-from dyndet.models.weights import load_backbone_weights
+from dyndet.models.backbones.deformable import deform_stages
+from dyndet.models.backbones.stages import Stage, drop_modules, timm_stages
+from dyndet.models.backbones.swin import ANY_SIZE, is_swin, pad_windows
+from dyndet.models.backbones.weights import load_backbone_weights
 from dyndet.structures import Size
 
 

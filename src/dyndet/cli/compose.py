@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dyndet.arguments import check_arguments
+from dyndet.cli.arguments import check_arguments
 from dyndet.errors import UserError
 
 CONFIG_MODULE = "dyndet.conf"

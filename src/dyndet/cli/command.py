@@ -21,7 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from dyndet.config import config_source, explain
+from dyndet.cli.compose import config_source, explain
 from dyndet.errors import UserError
 
 _HARMLESS = (

@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dyndet.metrics.curve import Split
 from dyndet.report.tables import BLUE, GREY, INK, ORANGE
+from dyndet.speeds.splits import Split
 
 COLORS = (BLUE, ORANGE, GREY, "#0f766e")
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyndet.metrics.coco import CocoMetric
+from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
-from dyndet.models.detectors.cascade import CascadeDetector, Route
+from dyndet.models.detectors.dynamic import CascadeDetector, Route
 from dyndet.structures import Batch, Category, Detections, Target
 
 

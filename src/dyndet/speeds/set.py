@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from dyndet.errors import UserError
-from dyndet.metrics.curve import quantile
 from dyndet.models.detectors.base import Detector
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.models.detectors.dynamic import CascadeDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
+from dyndet.speeds.splits import quantile
 
 FORMS = "hard_fraction:0.5, macs:60e9, latency_ms:12, threshold:0.43, easy or hard"
 

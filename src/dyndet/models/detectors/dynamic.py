@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dyndet.errors import UserError
-from dyndet.models.cascade.links import CompositeLinks, run_linked
-from dyndet.models.cascade.router import Router
+from dyndet.models.backbones.stages import StagedBackbone, run_stages
 from dyndet.models.detectors.base import Detector, Images, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector
-from dyndet.models.stages import StagedBackbone, run_stages
+from dyndet.models.dynamicdet.links import CompositeLinks, run_linked
+from dyndet.models.dynamicdet.router import Router
 from dyndet.ops.distributed import alone
 from dyndet.ops.grid import valid_masks
 from dyndet.routing import Routes, Routing

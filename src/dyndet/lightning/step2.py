@@ -14,14 +14,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from dyndet.checkpoint import read_checkpoint
-from dyndet.config import build
+from dyndet.checkpoints.read import read_checkpoint
+from dyndet.cli.compose import build
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.lightning.lessons import LessonDataModule, Lessons, collect
-from dyndet.lightning.router import RouterModule
-from dyndet.models.cascade.offset import make_offset
-from dyndet.models.detectors.cascade import CascadeDetector
+from dyndet.lightning.router_module import RouterModule
+from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.dynamicdet.offset import make_offset
 
 _LOADING = ("num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint")
 

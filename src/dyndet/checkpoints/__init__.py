@@ -1,0 +1,1 @@
+"""Checkpoints: reading them, what they may build, starting from them."""

@@ -1,0 +1,1 @@
+"""The command line: composing configurations, running commands, explaining mistakes."""

@@ -1,0 +1,1 @@
+"""One model at many speeds: setting a speed, splitting images between routes, timing, pictures."""
