@@ -64,7 +64,7 @@ class Scene:
         self.rows = self.random(self.layout.positions + 1, case.channels)
         self.rows[-1] = 0
         self.maps = self.layout.maps(self.rows)
-        self.active = self.layout.flat(self.masks).to(device)
+        self.active = self.layout.flat(self.masks)[0].to(device)
 
     def random(self, *shape: int) -> Tensor:
         values = torch.randn(*shape, generator=self.generator)

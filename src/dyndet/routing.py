@@ -1,21 +1,23 @@
 """What dynamic parts decided on a batch, and what that costs: of gates per position, of a router per image.
 
-Shape legend: B images, C channels, H x W map.
+Legend: B images, L levels, P positions of all levels and images, S = L x B segments, G gates.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyndet.layout import RowLayout
+
 
 @dataclass(frozen=True, slots=True)
-class ConvCost:
+class LayerCost:
     """One layer of a gated path.
 
     Attributes:
@@ -28,55 +30,29 @@ class ConvCost:
     reach: int = 0
 
 
-@dataclass(frozen=True)
-class PathGate:
-    """What one gate decided at one level: the unit of routing.
+@dataclass(frozen=True, slots=True)
+class GatedPath:
+    """What one gate decides about.
 
     Attributes:
         node: which node of which branch, e.g. "cls.0".
-        path: "up", "depth" or "down".
-        level: index into the pyramid, finest first.
-        gate: (B, 1, H, W) in [0, 1); 0 means not executed.
+        path: e.g. "up", "depth" or "down".
         costs: the layers of the path.
         router_macs: multiply-adds per position of taking the decision itself; spent whatever is decided.
-        valid: (B, 1, H, W) bool, False on padding; None when every position counts.
         sparse: False where closed positions are computed all the same and then multiplied by 0: they count as used.
+        levels: of the pyramid, finest is 0, on which it exists; None for all.
     """
 
     node: str
     path: str
-    level: int
-    gate: Tensor
-    costs: tuple[ConvCost, ...]
+    costs: tuple[LayerCost, ...]
     router_macs: float = 0.0
-    valid: Tensor | None = None
     sparse: bool = True
+    levels: tuple[int, ...] | None = None
 
-    def mask(self, reach: int = 0) -> Tensor:
-        """(B, 1, H, W) bool: the positions at which a layer of this reach runs."""
-        return _dilate(self.gate, reach, self.valid) > 0
-
-    def positions(self) -> Tensor:
-        """(B,) number of positions that count."""
-        if self.valid is None:
-            return torch.full((len(self.gate),), self.gate[0].numel(), device=self.gate.device)
-        return self.valid.sum((1, 2, 3))
-
-    def density(self) -> Tensor:
-        """(B,) share of valid positions whose gate is open."""
-        return (self.gate > 0).sum((1, 2, 3)) / self.positions().clamp(min=1)
-
-
-def _wide(counts: Tensor) -> Tensor:
-    """Float64, which Apple's GPUs do not have: float32 there."""
-    return counts.float() if counts.device.type == "mps" else counts.double()
-
-
-def _dilate(gate: Tensor, reach: int, valid: Tensor | None) -> Tensor:
-    if reach == 0:
-        return gate
-    pooled = F.max_pool2d(gate, 2 * reach + 1, stride=1, padding=reach)
-    return pooled if valid is None else pooled * valid
+    def on(self, level: int) -> bool:
+        """Whether it exists on this level."""
+        return self.levels is None or level in self.levels
 
 
 @dataclass(frozen=True)
@@ -107,7 +83,7 @@ class Work:
         return -(-rows // self.tile) * self.tile * self.macs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Routing:
     """Everything a dynamic head decided on a batch. Budgets, reports, pictures and sparse execution read this value.
 
@@ -116,27 +92,51 @@ class Routing:
     themselves cost (in none of the other three, as in the papers).
 
     Attributes:
-        gates: what was decided.
+        layout: where the positions lie.
+        paths: G of them; neighbours of equal costs are summed together.
+        gates: (G, P) in [0, 1]; 0 means not executed, and is what holds where a path does not exist or is padded.
+        valid: (P,) bool, False on padding; None when every position counts.
         work: what the gated paths then really computed: tiles and dense executions count in full.
     """
 
-    gates: list[PathGate] = field(default_factory=list)
+    layout: RowLayout
+    paths: tuple[GatedPath, ...]
+    gates: Tensor
+    valid: Tensor | None = None
     work: list[Work] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, paths: Sequence[GatedPath], maps: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> Routing:
+        """From gates as maps.
+
+        Args:
+            paths: G of them.
+            maps: L x (B, G, H, W).
+            valid: L x (B, 1, H, W) bool; gates on padding are closed.
+        """
+        layout = RowLayout.of(maps)
+        gates = layout.flat(maps)
+        area = None if valid is None else layout.flat(valid)[0]
+        return cls(layout, tuple(paths), gates if area is None else gates * area, area)
 
     def soft(self, detach: Sequence[str] = ()) -> Tensor:
         """Soft cost; gates of the paths named in `detach` add to the value but get no gradient."""
-        return self._sum(lambda gate: gate, detach)
+        return self.per_image(self.spread(lambda path, gate: gate.detach() if path.path in detach else gate))
 
     def used(self) -> Tensor:
         with torch.no_grad():
-            return self._sum(lambda gate: (gate > 0).to(gate.dtype), (), dense_counts=True)
+            return self.per_image(self.spread(self._executed))
 
     def full(self) -> Tensor:
         with torch.no_grad():
-            return self._sum(torch.ones_like, ())
+            return self._everywhere(lambda path: sum(cost.macs for cost in path.costs))
 
     def overhead(self) -> Tensor:
-        return torch.stack([_wide(item.positions()) * item.router_macs for item in self.gates]).sum(0)
+        return self._everywhere(lambda path: path.router_macs)
+
+    def used_ratio(self) -> Tensor:
+        """(B,) share of the full cost that was executed."""
+        return self.used() / self.full()
 
     def asked(self) -> Tensor:
         """Multiply-adds of the gated convolutions for the whole batch, where open gates ask for them; scalar."""
@@ -150,41 +150,107 @@ class Routing:
         """
         return self._total([item.executed() for item in self.work])
 
-    def _total(self, costs: Sequence[Tensor | float]) -> Tensor:
-        device = self.gates[0].gate.device
-        parts = [_wide(torch.as_tensor(cost, device=device).flatten()) for cost in costs]
-        return torch.cat(parts).sum() if parts else torch.zeros((), device=device)
-
     def positions(self) -> Tensor:
-        """(B,) positions of the pyramid that were routed."""
-        first = self.gates[0]
-        return torch.stack(
-            [item.positions() for item in self.gates if (item.node, item.path) == (first.node, first.path)]
-        ).sum(0)
+        """(B,) positions of the pyramid that count."""
+        counts = self._counts()
+        return counts.to(_wide(counts)).view(-1, self.layout.batch).sum(0)
 
-    def used_ratio(self) -> Tensor:
-        """(B,) share of the full cost that was executed."""
-        return self.used() / self.full()
+    def densities(self) -> Tensor:
+        """(G, S) share of the valid positions of every segment whose gate is open."""
+        return self.layout.per_segment((self.gates.detach() > 0).float()) / self._counts().clamp(min=1)
 
-    def _sum(self, weigh: Callable[[Tensor], Tensor], detach: Sequence[str], *, dense_counts: bool = False) -> Tensor:
-        # Gates of equal geometry are stacked along channels: a few pooled sums instead of one per gate.
-        groups: dict[tuple[str, int, tuple[ConvCost, ...], bool], list[PathGate]] = defaultdict(list)
-        for item in self.gates:
-            groups[item.path, item.level, item.costs, item.sparse].append(item)
+    def maps(self) -> list[Tensor]:
+        """The gates as L x (B, G, H, W), views."""
+        return self.layout.unflat(self.gates)
+
+    def spent(self) -> Tensor:
+        """(P,) multiply-adds of every position; they sum to `used`."""
+        with torch.no_grad():
+            return self.spread(self._executed)
+
+    def possible(self) -> Tensor:
+        """(P,) multiply-adds of every position with every gate open; they sum to `full`."""
+        with torch.no_grad():
+            return self.spread(self._everything)
+
+    def spread(self, weigh: Callable[[GatedPath, Tensor], Tensor]) -> Tensor:
+        """(P,) costs, each layer's wherever the weight of its path reaches.
+
+        Args:
+            weigh: of a path and the gates (n, P) of n neighbours like it -> their weights, of the same shape.
+        """
         total: Tensor | None = None
-        for (path, _, costs, sparse), items in groups.items():
-            gate = torch.cat([item.gate for item in items], 1).float()
-            weight = weigh(gate.detach() if path in detach else gate)
-            if dense_counts and not sparse:
-                weight = torch.ones_like(gate)
-            if items[0].valid is not None:
-                weight = weight * items[0].valid
-            for cost in costs:
-                part = _wide(_dilate(weight, cost.reach, items[0].valid).sum((1, 2, 3))) * cost.macs
+        for path, gates in self._runs():
+            weights = weigh(path, gates)
+            for cost in path.costs:
+                part = self._reached(weights, cost.reach).sum(0, dtype=_wide(weights)) * cost.macs
                 total = part if total is None else total + part
         if total is None:
             raise ValueError("this routing has no gates, so it has no cost")
         return total
+
+    def per_image(self, values: Tensor) -> Tensor:
+        """(P,) -> (B,) sums."""
+        return self.layout.per_segment(values[None]).view(-1, self.layout.batch).sum(0)
+
+    def named(self, prefix: str) -> Routing:
+        """The same decisions, told apart from those of another detector."""
+        paths = tuple(
+            GatedPath(prefix + path.node, path.path, path.costs, path.router_macs, path.sparse, path.levels)
+            for path in self.paths
+        )
+        return Routing(self.layout, paths, self.gates, self.valid, self.work)
+
+    def _runs(self) -> Iterator[tuple[GatedPath, Tensor]]:
+        """Neighbouring gates that cost the same and are called alike: the first path, and their rows."""
+        start = 0
+        for _, same in groupby(self.paths, lambda path: (path.path, path.costs, path.sparse, path.levels)):
+            run = list(same)
+            yield run[0], self.gates[start : start + len(run)].float()
+            start += len(run)
+
+    def _executed(self, path: GatedPath, gates: Tensor) -> Tensor:
+        return (gates > 0).float() if path.sparse else self._everything(path, gates)
+
+    def _everything(self, path: GatedPath, gates: Tensor) -> Tensor:
+        weights = torch.ones_like(gates)
+        for level, (start, stop) in enumerate(self.layout.levels):
+            if not path.on(level):
+                weights[:, start:stop] = 0
+        return weights if self.valid is None else weights * self.valid
+
+    def _reached(self, weights: Tensor, reach: int) -> Tensor:
+        """(n, P) weights, each the largest within `reach` of its position."""
+        if reach == 0:
+            return weights
+        levels = self.layout.unflat(weights)
+        pooled = self.layout.flat([F.max_pool2d(x, 2 * reach + 1, stride=1, padding=reach) for x in levels])
+        return pooled if self.valid is None else pooled * self.valid
+
+    def _counts(self) -> Tensor:
+        """(S,) valid positions of every segment."""
+        if self.valid is not None:
+            return self.layout.per_segment(self.valid[None].float())[0]
+        batch, device = self.layout.batch, self.gates.device
+        return torch.cat([torch.full((batch,), float(h * w), device=device) for h, w in self.layout.shapes])
+
+    def _everywhere(self, macs: Callable[[GatedPath], float]) -> Tensor:
+        """(B,) what paths cost that run on all valid positions of their levels."""
+        levels = range(len(self.layout.shapes))
+        prices = [sum(macs(path) for path in self.paths if path.on(level)) for level in levels]
+        counts = self._counts().view(-1, self.layout.batch)
+        wide = counts.to(_wide(counts))
+        return torch.stack([count * price for count, price in zip(wide, prices, strict=True)]).sum(0)
+
+    def _total(self, costs: Sequence[Tensor | float]) -> Tensor:
+        device = self.gates.device
+        parts = [torch.as_tensor(cost, device=device).flatten().to(_wide(self.gates)) for cost in costs]
+        return torch.cat(parts).sum() if parts else torch.zeros((), device=device)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """Float64, which Apple's GPUs do not have: float32 there."""
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 @dataclass

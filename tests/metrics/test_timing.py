@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dyndet
-from dyndet.metrics import timing
+from dyndet.speeds import timing
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import HeadChain, routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead

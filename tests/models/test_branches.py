@@ -62,8 +62,8 @@ def test_one_branch_is_that_of_the_whole_head(name: str, branch: Branch) -> None
     if expected.routing is None:
         assert output.routing is None
         return
-    assert [gate.node for gate in output.routing.gates] == [
-        gate.node for gate in expected.routing.gates if gate.node.startswith(branch)
+    assert [path.node for path in output.routing.paths] == [
+        path.node for path in expected.routing.paths if path.node.startswith(branch)
     ]
     assert torch.equal(2 * output.routing.full(), expected.routing.full())
     assert all(work.node.startswith(branch) for work in output.routing.work)

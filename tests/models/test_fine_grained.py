@@ -15,7 +15,7 @@ from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.gates import RestrictedTanh, Softmax
 from dyndet.models.heads.paths import exchange
-from dyndet.routing import PathGate, Routing
+from routing_views import PathGate, routing_of, views
 
 SHAPES = [(12, 16), (6, 8), (3, 4)]
 
@@ -108,7 +108,7 @@ def test_work_counts_what_was_run() -> None:
     for impl in ("gather", "dense", "triton"):
         with torch.no_grad():
             routing = scattered(impl=impl, depth=1).eval()(features).routing
-        depth = [gate for gate in routing.gates if gate.path == "depth"]
+        depth = [gate for gate in views(routing) if gate.path == "depth"]
         inner, outer = (sum(int(gate.mask(reach).sum()) for gate in depth) for reach in (1, 0))
         convs = [work for work in routing.work if work.macs == 9 * 8 * 8]
         assert len(convs) == 4
@@ -153,7 +153,7 @@ def test_costs_against_a_loop(height: int, width: int, density: float, seed: int
     gate = torch.rand(1, 1, height, width, generator=generator)
     gate = gate * (torch.rand(1, 1, height, width, generator=generator) < density)
     costs = head().cls[0].depth.costs()
-    routing = Routing([PathGate("n", "depth", 0, gate, costs)])
+    routing = routing_of([PathGate("n", "depth", 0, gate, costs)])
     soft = used = 0.0
     for i in range(height):
         for j in range(width):
@@ -178,7 +178,7 @@ def test_budget_gradients(mode: str) -> None:
     loss.backward()
     assert module.cls[-1].gates["depth"].conv.bias.grad.abs() > 0
     # A budget on the scale paths alone shows whether they have a price of their own.
-    alone = Routing([item for item in module(pyramid()).routing.gates if item.path != "depth"])
+    alone = routing_of([item for item in views(module(pyramid()).routing) if item.path != "depth"])
     price = Budget(1.0, scale_gradient=mode)(alone)  # type: ignore[arg-type]
     assert price.item() > 0
     assert price.requires_grad == (mode == "on")
@@ -216,7 +216,7 @@ def test_padding_is_closed_and_costs_nothing() -> None:
     full = routing.full()
     assert full[1].item() == full[0].item() / 2
     assert routing.used_ratio().tolist() == [1, 1]
-    for gate in routing.gates:
+    for gate in views(routing):
         assert not gate.gate[1, :, :, SHAPES[gate.level][1] // 2 :].any()
         assert gate.density().tolist() == [1, 1]
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_ablated_paths_are_always_on(gating: str, gated: set[str]) -> None:
     assert set(module.cls[0].gates) == gated
     with torch.no_grad():
         routing = module(pyramid()).routing
-    for gate in routing.gates:
+    for gate in views(routing):
         always = bool((gate.gate == 1).all())
         assert always == (gate.path not in gated)
         assert (gate.router_macs > 0) == (gate.path in gated)
@@ -242,7 +242,7 @@ def test_ablated_paths_are_always_on(gating: str, gated: set[str]) -> None:
 def test_coarse_gates_are_constant_over_a_level() -> None:
     module = scattered(coarse=True).eval()
     with torch.no_grad():
-        for gate in module(pyramid()).routing.gates:
+        for gate in views(module(pyramid()).routing):
             flat = gate.gate.flatten(1)
             assert torch.equal(flat.amin(1), flat.amax(1))
 
@@ -252,7 +252,7 @@ def test_softmax_gates_share_one_at_every_position() -> None:
     with torch.no_grad():
         routing = module(pyramid()).routing
     for level in range(len(SHAPES)):
-        three = [gate.gate for gate in routing.gates if gate.node == "cls.0" and gate.level == level]
+        three = [gate.gate for gate in views(routing) if gate.node == "cls.0" and gate.level == level]
         assert len(three) == 3
         assert torch.allclose(sum(three), torch.ones(()), atol=1e-6)  # type: ignore[arg-type]
     assert routing.used_ratio().tolist() == [1, 1]
@@ -264,7 +264,7 @@ def test_softmax_over_positions_spends_nothing_on_padding() -> None:
     valid[0][1, :, :, 8:] = False
     with torch.no_grad():
         routing = module(pyramid(), valid).routing
-    for gate in routing.gates:
+    for gate in views(routing):
         assert torch.allclose(gate.gate.sum((1, 2, 3)), torch.ones(2), atol=1e-5)
 
 

@@ -10,8 +10,9 @@ import torch
 from dyndet import build_detector
 from dyndet.models.detectors.dense import DenseDetector
 from dyndet.ops.flops import GIBI, GIGA, count_macs
-from dyndet.routing import PathGate, Routing
+from dyndet.routing import Routing
 from dyndet.structures import Size
+from routing_views import PathGate, routing_of
 
 UNPADDED: Size = (800, 1333)
 PADDED: Size = (800, 1344)
@@ -31,14 +32,14 @@ def parameters(experiment: str, *overrides: str) -> int:
 def all_open(experiment: str) -> Routing:
     """The routing of one 800 x 1344 image with every gate open."""
     head = detector(experiment).head
-    routing = Routing()
+    gates = []
     for branch in ("cls", "reg"):
         for index, node in enumerate(getattr(head, branch)):
             for path, costs in node.costs.items():
                 for level, (height, width) in enumerate(LEVELS_PADDED):
                     gate = torch.ones(1, 1, height, width)
-                    routing.gates.append(PathGate(f"{branch}.{index}", path, level, gate, costs))
-    return routing
+                    gates.append(PathGate(f"{branch}.{index}", path, level, gate, costs))
+    return routing_of(gates)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from PIL import Image
 from dyndet.report.draw import contact_sheet, draw_detections
 from dyndet.report.gate_maps import compute_map, draw_gates, gate_map, gate_panels, preview
 from dyndet.report.style import class_color, heat, side_by_side, to_picture
-from dyndet.routing import ConvCost, PathGate, Routing
+from dyndet.routing import LayerCost, Routing
 from dyndet.structures import Detections, Target
+from routing_views import PathGate, routing_of, views
 
 GREY = torch.full((3, 400, 400), 128, dtype=torch.uint8)
 NAMES = ["cat", "dog", "bird"]
@@ -155,11 +156,11 @@ def routing(valid: bool = True) -> Routing:
         for node in ("cls.0", "reg.0"):
             gate = torch.rand(2, 1, height, width, generator=generator) - 0.6
             gate = gate.clamp(min=0) * mask
-            costs = (ConvCost(576.0, 1), ConvCost(64.0))
+            costs = (LayerCost(576.0, 1), LayerCost(64.0))
             gates.append(PathGate(node, "depth", level, gate, costs, valid=mask if valid else None))
         up = torch.rand(2, 1, height, width, generator=generator) * mask
-        gates.append(PathGate("cls.0", "up", level, up, (ConvCost(100.0),), valid=mask if valid else None))
-    return Routing(gates)
+        gates.append(PathGate("cls.0", "up", level, up, (LayerCost(100.0),), valid=mask if valid else None))
+    return routing_of(gates)
 
 
 @pytest.mark.parametrize("valid", [True, False])
@@ -177,7 +178,7 @@ def test_compute_map_adds_up_to_the_cost(valid: bool) -> None:
 def test_compute_lands_where_the_gate_is() -> None:
     gate = torch.zeros(1, 1, 4, 4)
     gate[0, 0, 1, 2] = 0.5
-    item = Routing([PathGate("n", "depth", 0, gate, (ConvCost(640.0),))])
+    item = routing_of([PathGate("n", "depth", 0, gate, (LayerCost(640.0),))])
     expected = torch.zeros(32, 32, dtype=torch.float64)
     expected[8:16, 16:24] = 10
     assert torch.equal(compute_map(item, 0, strides=(8,)), expected)
@@ -185,12 +186,12 @@ def test_compute_lands_where_the_gate_is() -> None:
 
 def test_gate_map_is_the_mean_over_nodes() -> None:
     item = routing()
-    depth = [gate for gate in item.gates if gate.path == "depth" and gate.level == 1]
-    found = gate_map(item, 0, 1)
+    depth = [gate for gate in views(item) if gate.path == "depth" and gate.level == 1]
+    found = gate_map(item, 0, 1, path="depth")
     assert found is not None
     assert torch.equal(found[0], sum((gate.gate[0, 0] > 0).float() for gate in depth) / 2)
     assert found[1] == pytest.approx(float(found[0].mean()))
-    one = gate_map(item, 0, 1, node="reg.0", soft=True)
+    one = gate_map(item, 0, 1, node="reg.0", path="depth", soft=True)
     assert one is not None and torch.equal(one[0], depth[1].gate[0, 0])
     assert gate_map(item, 0, 1, path="down") is None
 
@@ -198,7 +199,7 @@ def test_gate_map_is_the_mean_over_nodes() -> None:
 def test_panels_show_the_gates_in_the_colors_of_the_map() -> None:
     gate = torch.zeros(1, 1, 4, 4)
     gate[0, 0, 0, 3] = 0.5
-    item = Routing([PathGate("n", "depth", 0, gate, (ConvCost(10.0),))])
+    item = routing_of([PathGate("n", "depth", 0, gate, (LayerCost(10.0),))])
     panels = gate_panels(torch.zeros(3, 400, 400, dtype=torch.uint8), item, 0, strides=(100,), opacity=1.0)
     assert len(panels) == 2  # compute and one level
     low, high = (np.array(matplotlib.colormaps["magma"](value)[:3]) * 255 for value in (0.0, 1.0))
@@ -230,7 +231,7 @@ def test_preview_scales_detections_from_the_image_on_disk() -> None:
     edge = [(panel[39, 8:40] == class_color(0)).all() for panel in panels]
     assert edge == [True, True]
     assert preview(image, None, None, None, names=NAMES).width == 96 + 2 * 6
-    assert preview(image, truth, None, Routing(), names=NAMES, size=(48, 64), min_side=64).width == 64 + 2 * 6
+    assert preview(image, truth, None, None, names=NAMES, size=(48, 64), min_side=64).width == 64 + 2 * 6
 
 
 def test_preview_scales_masks_from_the_image_on_disk() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dyndet.ops.flops import GIGA
-from dyndet.routing import PathGate, Routing
+from dyndet.routing import Routing
 
 GateKey = tuple[str, str, int]
 """Node, path and level of a gate."""
@@ -188,7 +189,7 @@ class ComputeMeter:
         """Adds a batch and returns the total multiply-adds of each of its images.
 
         Args:
-            routing: what the head decided, None (or without gates) for a static head.
+            routing: what the head decided, None for a static head.
             static: for each image, multiply-adds of every part that always runs. The part named "head" counts as head:
                 its unconditional layers, or all of it when the head is static.
             hard: the way these images took through a cascade.
@@ -197,16 +198,10 @@ class ComputeMeter:
             ValueError: if routing and static disagree on the number of images.
         """
         costs = torch.zeros(5, len(static), dtype=torch.float64)
-        if routing is not None and routing.gates:
-            with torch.no_grad():
-                to_reference = REFERENCE_POSITIONS / routing.positions()
-                rows = [routing.used(), routing.soft(), routing.full(), routing.overhead(), to_reference]
-                costs = torch.stack([row.detach().cpu().double() for row in rows])
-            if costs.shape[1] != len(static):
-                raise ValueError(f"routing has {costs.shape[1]} images, static costs have {len(static)}")
-            self._add_gates(routing.gates)
-            self._state.executed += float(routing.executed())
-            self._state.asked += float(routing.asked())
+        if routing is not None:
+            if routing.layout.batch != len(static):
+                raise ValueError(f"routing has {routing.layout.batch} images, static costs have {len(static)}")
+            costs = self._read(routing)
         images = []
         for parts, (used, soft, full, overhead, to_reference) in zip(static, costs.T.tolist(), strict=True):
             head = float(parts.get("head", 0.0))
@@ -219,7 +214,7 @@ class ComputeMeter:
     def compute(self) -> ComputeReport:
         """The report over all images since the last reset; nan where there were none."""
         state = _gathered(self._state)
-        images, gates = state.images, state.gates
+        images, gates = state.images, _by_node(state.gates)
         used, full = [image.used for image in images], [image.full for image in images]
         names = dict.fromkeys(part for image in images for part in image.parts)
         return ComputeReport(
@@ -242,11 +237,30 @@ class ComputeMeter:
             level_names=self.level_names,
         )
 
-    def _add_gates(self, gates: Sequence[PathGate]) -> None:
-        densities = torch.stack([gate.density().detach().cpu().double() for gate in gates])
-        for gate, row in zip(gates, densities, strict=True):
-            tally = _Tally(len(row), float(row.sum()), float(row.min()), float(row.max()))
-            self._state.gates.setdefault((gate.node, gate.path, gate.level), _Tally()).add(tally)
+    @torch.no_grad()
+    def _read(self, routing: Routing) -> Tensor:
+        """Used, soft, full and router costs and the way to the reference size, (5, B); all in one copy to the host."""
+        layout = routing.layout
+        per_image = [routing.used(), routing.soft(), routing.full(), routing.overhead()]
+        per_image.append(REFERENCE_POSITIONS / routing.positions())
+        parts = [*per_image, routing.executed(), routing.asked(), routing.densities()]
+        flat = torch.cat([part.flatten().to(per_image[0].dtype) for part in parts]).cpu().double()
+        costs, work, densities = flat.split([5 * layout.batch, 2, len(flat) - 5 * layout.batch - 2])
+        self._state.executed += float(work[0])
+        self._state.asked += float(work[1])
+        rows = densities.view(len(routing.paths), len(layout.shapes), layout.batch).tolist()
+        for path, levels in zip(routing.paths, rows, strict=True):
+            for level, row in enumerate(levels):
+                if path.on(level):
+                    tally = _Tally(len(row), sum(row), min(row), max(row))
+                    self._state.gates.setdefault((path.node, path.path, level), _Tally()).add(tally)
+        return costs.view(5, layout.batch)
+
+
+def _by_node(gates: dict[GateKey, _Tally]) -> dict[GateKey, _Tally]:
+    """Node by node, each with its paths, as they came up first."""
+    nodes, paths = (list(dict.fromkeys(key[index] for key in gates)) for index in (0, 1))
+    return dict(sorted(gates.items(), key=lambda item: (nodes.index(item[0][0]), paths.index(item[0][1]), item[0][2])))
 
 
 def _share(values: Sequence[bool]) -> float | None:

@@ -61,6 +61,6 @@ def masked_conv(
         outputs = F.conv2d(inputs, weight, bias, padding=1)
         return outputs if whole else outputs.masked_fill(~mask, 0)  # a product would keep NaN
     layout = RowLayout.of([inputs])
-    (plan,) = make_plans(layout.flat([mask]), layout, expected=density, impl=how)
+    (plan,) = make_plans(layout.flat([mask])[0], layout, expected=density, impl=how)
     rows = conv_rows(layout.rows([inputs]), weight, bias, source=whole_plan(layout), target=plan, impl=how)
     return layout.maps(scatter_rows(rows, plan))[0]

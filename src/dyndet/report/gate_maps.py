@@ -20,7 +20,7 @@ from dyndet.report.style import (
     side_by_side,
     to_picture,
 )
-from dyndet.routing import PathGate, Routes, Routing
+from dyndet.routing import Routes, Routing
 from dyndet.structures import Detections, Size, Target
 
 
@@ -33,18 +33,11 @@ def compute_map(routing: Routing, index: int, *, strides: Sequence[int], full: b
         strides: pixels per position of each level.
         full: what every open gate would have cost instead (sums to `routing.full()[index]`).
     """
-    height = max(gate.gate.shape[-2] * strides[gate.level] for gate in routing.gates)
-    width = max(gate.gate.shape[-1] * strides[gate.level] for gate in routing.gates)
-    total = torch.zeros(height, width, dtype=torch.float64)
-    levels: dict[int, Tensor] = {}
-    for gate in routing.gates:
-        runs = [_valid(gate, index) if full else gate.mask(cost.reach)[index, 0] for cost in gate.costs]
-        for cost, run in zip(gate.costs, runs, strict=True):
-            spent = run.detach().cpu().double() * cost.macs
-            levels[gate.level] = levels[gate.level] + spent if gate.level in levels else spent
-    for level, spent in levels.items():
-        spread = _to_pixels(spent, strides[level]) / strides[level] ** 2
-        total[: spread.shape[0], : spread.shape[1]] += spread
+    levels = routing.layout.unflat((routing.possible() if full else routing.spent()).cpu().double())
+    spread = [_to_pixels(x[index, 0], stride) / stride**2 for x, stride in zip(levels, strides, strict=True)]
+    total = torch.zeros(max(len(x) for x in spread), max(x.shape[1] for x in spread), dtype=torch.float64)
+    for x in spread:
+        total[: x.shape[0], : x.shape[1]] += x
     return total
 
 
@@ -53,7 +46,7 @@ def gate_map(
     index: int,
     level: int,
     *,
-    path: str | None = "depth",
+    path: str | None = None,
     node: str | None = None,
     soft: bool = False,
 ) -> tuple[Tensor, float] | None:
@@ -63,7 +56,7 @@ def gate_map(
         routing: of a batch.
         index: which image.
         level: of the pyramid.
-        path: "up", "depth" or "down"; None averages over all.
+        path: one of those that the routing names; None averages over all.
         node: only this node.
         soft: the gates' values; by default 1 where a gate is open.
 
@@ -71,15 +64,15 @@ def gate_map(
         (h, w) values in 0..1 and the share of open valid positions; None when there is no such gate.
     """
     chosen = [
-        gate
-        for gate in routing.gates
-        if gate.level == level and path in (None, gate.path) and node in (None, gate.node)
+        number
+        for number, item in enumerate(routing.paths)
+        if item.on(level) and path in (None, item.path) and node in (None, item.node)
     ]
     if not chosen:
         return None
-    values = [(gate.gate if soft else gate.gate > 0)[index, 0].detach().float().cpu() for gate in chosen]
-    density = sum(float(gate.density()[index]) for gate in chosen) / len(chosen)
-    return torch.stack(values).mean(0), density
+    gates = routing.maps()[level][index, chosen].detach().float().cpu()
+    densities = routing.densities()[chosen, level * routing.layout.batch + index]
+    return (gates if soft else (gates > 0).float()).mean(0), float(densities.mean())
 
 
 def draw_gates(
@@ -89,7 +82,7 @@ def draw_gates(
     *,
     strides: Sequence[int],
     level_names: Sequence[str] | None = None,
-    path: str | None = "depth",
+    path: str | None = None,
     node: str | None = None,
     soft: bool = False,
     opacity: float = 0.65,
@@ -103,7 +96,7 @@ def draw_gates(
         index: which image of the batch.
         strides: pixels per position of each level.
         level_names: of the levels, default P<log2 stride>.
-        path: whose gates to show, None for the mean of all; see `gate_map`.
+        path: whose gates to show; None takes the path that costs most.
         node: only this node.
         soft: show the gates' values instead of open or closed.
         opacity: of the heat over the image.
@@ -131,7 +124,7 @@ def gate_panels(
     *,
     strides: Sequence[int],
     level_names: Sequence[str] | None = None,
-    path: str | None = "depth",
+    path: str | None = None,
     node: str | None = None,
     soft: bool = False,
     opacity: float = 0.65,
@@ -140,12 +133,13 @@ def gate_panels(
     """The panels of `draw_gates`, one by one."""
     names = pyramid_names(strides) if level_names is None else level_names
     size: Size = (image.shape[-2], image.shape[-1])
+    path = path or max(routing.paths, key=lambda item: sum(cost.macs for cost in item.costs)).path
     used = compute_map(routing, index, strides=strides)
     full = compute_map(routing, index, strides=strides, full=True)
     share = float(used.sum() / full.sum().clamp(min=1))
     panels = [(used / full.clamp(min=1e-9), f"compute {share:.1%}")]
-    what = " ".join(part for part in (node, path or "all paths") if part)
-    for level in sorted({gate.level for gate in routing.gates}):
+    what = " ".join(part for part in (node, path) if part)
+    for level in range(len(routing.layout.shapes)):
         found = gate_map(routing, index, level, path=path, node=node, soft=soft)
         if found is not None:
             values, density = found
@@ -210,7 +204,7 @@ def preview(
         )
         count = int((detections.scores >= score_threshold).sum())
         panels.append(captioned(boxes, f"detections ({count}){way}"))
-    if routing is not None and routing.gates:
+    if routing is not None:
         panels += gate_panels(image, routing, index, strides=strides, min_side=min_side)
     return side_by_side(panels or [captioned(to_picture(image), "image")])
 
@@ -226,10 +220,6 @@ def _cut(target: Target, size: Size) -> Target:
     if target.masks is None:
         return target
     return Target(target.boxes, target.labels, target.crowd, target.masks[:, : size[0], : size[1]])
-
-
-def _valid(gate: PathGate, index: int) -> Tensor:
-    return torch.ones(gate.gate.shape[-2:]) if gate.valid is None else gate.valid[index, 0]
 
 
 def _to_pixels(values: Tensor, stride: int) -> Tensor:

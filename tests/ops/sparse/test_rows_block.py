@@ -64,7 +64,7 @@ class Block:
         maps, gates, parameters = self._leaves(dtype)
         w1, b1, w2, s1, t1, s2, t2 = parameters
         layout = RowLayout.of(maps)
-        rows, gate = layout.rows(maps), layout.flat(gates)
+        rows, gate = layout.rows(maps), layout.flat(gates)[0]
         inner, outer = make_plans(gate.detach(), layout, reaches=(1, 0), impl=impl)
         hidden = conv_rows(rows, w1, b1, source=whole_plan(layout), target=inner, impl=impl)
         hidden = norm_rows(hidden, GROUPS, s1, t1, plan=inner, stats=stats, relu=True, impl=impl)

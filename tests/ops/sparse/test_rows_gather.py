@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dyndet.ops.sparse import RowLayout, make_plans
 from dyndet.ops.sparse.execute import gather
 from dyndet.ops.sparse.impl import choose, crossover
+from dyndet.ops.sparse.tables import neighbours
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def test_many_chunks_against_float64(dtype: torch.dtype, error: float, monkeypat
     x = torch.randn(layout.positions + 1, 8).to(dtype)
     x[-1] = 0
     weight, grad = torch.randn(5, 8, 3, 3).to(dtype), torch.randn(plan.capacity + 1, 5).to(dtype)
-    index = gather.taps(plan.positions, None, layout.neighbours, plan.capacity)
+    index = gather.taps(plan.positions, None, neighbours(layout), plan.capacity)
     out = gather.conv(x, weight, None, index, plan.capacity)
     found = [out[:-1], *gather.conv_backward(grad, x, weight, index, (True, True))]
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyndet.ops.sparse import RowLayout
-from dyndet.ops.sparse.layout import from_sizes
+from dyndet.layout import RowLayout
+from dyndet.ops.sparse.tables import neighbours, segment, starts
 
 SHAPES = [(5, 7), (3, 4), (1, 1)]
 
@@ -39,7 +39,7 @@ def test_flat_and_unflat() -> None:
 
 def test_operators_can_rebuild_a_layout() -> None:
     layout = RowLayout.of(maps())
-    assert from_sizes(layout.sizes, layout.batch, layout.device) == layout
+    assert RowLayout.from_sizes(layout.sizes, layout.device) == layout
 
 
 @settings(max_examples=20, deadline=None)
@@ -57,12 +57,12 @@ def test_neighbours_against_a_loop(shapes: list[tuple[int, int]], batch: int) ->
                     [start + y * width + x if ok else layout.positions for (y, x), ok in zip(near, inside, strict=True)]
                 )
             start += height * width
-    assert layout.neighbours.tolist() == expected
-    assert layout.segment.tolist() == [
+    assert neighbours(layout).tolist() == expected
+    assert segment(layout).tolist() == [
         level * batch + image
         for level, (height, width) in enumerate(shapes)
         for image in range(batch)
         for _ in range(height * width)
     ]
-    assert int(layout.starts[-1]) == layout.positions
-    assert layout.starts.diff().tolist() == layout.segment.bincount().tolist()
+    assert int(starts(layout)[-1]) == layout.positions
+    assert starts(layout).diff().tolist() == segment(layout).bincount().tolist()

@@ -29,6 +29,7 @@ from dyndet.ops.sparse import (
 from dyndet.ops.sparse import (
     logits as logits_module,
 )
+from dyndet.ops.sparse.tables import neighbours, segment
 
 SHAPES = ((5, 4), (3, 2))
 
@@ -58,7 +59,7 @@ def test_conv_rows(how: str, biased: bool) -> None:
     bias = s["shift"] if biased else None
     for source, target, x in ((whole, plan, s["rows"]), (plan, plan, s["active"])):
         arguments = (
-            x, s["weight"], bias, *source.tensors, *target.tensors, layout.neighbours, layout.sizes, layout.batch,
+            x, s["weight"], bias, *source.tensors, *target.tensors, neighbours(layout), layout.sizes,
             source.whole, target.whole, how, -1.0, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.dyndet.conv_rows.default, arguments, test_utils=CHECKS)
@@ -71,7 +72,7 @@ def test_norm_rows(stats: str, relu: bool, dtype: torch.dtype) -> None:
     s = setting()
     tensors = (s[name].detach().to(dtype).requires_grad_() for name in ("active", "scale", "shift"))
     arguments = (
-        *tensors, s["plan"].positions, s["layout"].segment, s["plan"].offsets, 2, 1e-5,
+        *tensors, s["plan"].positions, segment(s["layout"]), s["plan"].offsets, 2, 1e-5,
         stats, relu, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dyndet.norm_rows.default, arguments, test_utils=CHECKS)
@@ -83,7 +84,7 @@ def test_place_rows(stats: str, residual: bool) -> None:
     s = setting()
     arguments = (
         s["active"], s["scale"], s["shift"], s["gate"], s["rows"] if residual else None, *s["plan"].tensors,
-        s["layout"].segment, 2, 1e-5, stats, residual, False,
+        segment(s["layout"]), 2, 1e-5, stats, residual, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dyndet.place_rows.default, arguments, test_utils=CHECKS)
 
@@ -92,7 +93,7 @@ def test_exchange_rows() -> None:
     s = setting()
     others = [torch.randn_like(s["rows"], requires_grad=True) for _ in range(2)]
     weights = [torch.randn(1, requires_grad=True) for _ in range(2)]
-    arguments = (s["rows"], *others, *weights, s["layout"].sizes, 2)
+    arguments = (s["rows"], *others, *weights, s["layout"].sizes)
     torch.library.opcheck(torch.ops.dyndet.exchange_rows.default, arguments, test_utils=CHECKS)
 
 
@@ -100,7 +101,7 @@ def test_exchange_rows() -> None:
 def test_logit_rows(kernel: int) -> None:
     s = setting()
     weight = torch.randn(2, 4, kernel, kernel, requires_grad=True)
-    arguments = (s["rows"], weight, s["layout"].sizes, s["layout"].batch)
+    arguments = (s["rows"], weight, s["layout"].sizes)
     torch.library.opcheck(torch.ops.dyndet.logit_rows.default, arguments, test_utils=CHECKS)
 
 
@@ -122,7 +123,7 @@ def test_logits_against_torch(kernel: int, used: str, direct: bool, monkeypatch:
         else:
             again = rows
             levels = [F.conv2d(level, weight, padding=kernel // 2) for level in layout.maps(rows)]
-            out = torch.stack([layout.flat([level[:, o] for level in levels]) for o in range(2)])
+            out = layout.flat(levels)
         parts = {"logits": (out.square() * torch.arange(out.shape[1])).sum(), "rows": (again**3).sum()}
         torch.stack([parts[name] for name in parts if used in (name, "both")]).sum().backward()
         results.append((out, again, rows.grad, weight.grad if used != "rows" else out))

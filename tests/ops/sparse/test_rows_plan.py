@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dyndet.ops.sparse import Plan, RowLayout, make_plans
 from dyndet.ops.sparse.plan import _static_plan
+from dyndet.ops.sparse.tables import segment
 
 SHAPES = ((6, 5), (3, 3), (1, 2))
 
@@ -29,7 +30,7 @@ def check(plan: Plan, active: Tensor) -> None:
     inverse = torch.full((len(active) + 1,), plan.capacity)
     inverse[rows] = torch.arange(count)
     assert plan.inverse.tolist() == inverse.tolist()
-    per_segment = torch.zeros(plan.layout.segments).index_add(0, plan.layout.segment, active.float())
+    per_segment = torch.zeros(plan.layout.segments).index_add(0, segment(plan.layout), active.float())
     assert plan.offsets.diff().tolist() == per_segment.int().tolist()
 
 
@@ -38,10 +39,10 @@ def check(plan: Plan, active: Tensor) -> None:
 def test_exact_plans(density: float, seed: int, padded: bool) -> None:
     gates = masks(density, seed)
     layout = RowLayout.of(gates)
-    valid = layout.flat(masks(0.7, seed + 1)) if padded else None
-    inner, outer = make_plans(layout.flat(gates), layout, valid=valid, reaches=(1, 0))
-    near = layout.flat([F.max_pool2d(gate.float(), 3, 1, 1) > 0 for gate in gates])
-    own = layout.flat(gates)
+    valid = layout.flat(masks(0.7, seed + 1))[0] if padded else None
+    inner, outer = make_plans(layout.flat(gates)[0], layout, valid=valid, reaches=(1, 0))
+    near = layout.flat([F.max_pool2d(gate.float(), 3, 1, 1) > 0 for gate in gates])[0]
+    own = layout.flat(gates)[0]
     for plan, active in ((inner, near), (outer, own)):
         active = active if valid is None else active & valid
         check(plan, active)
@@ -53,7 +54,7 @@ def test_exact_plans(density: float, seed: int, padded: bool) -> None:
 def test_static_plans_have_room_for_everything(density: float) -> None:
     gates = masks(density, 0)
     layout = RowLayout.of(gates)
-    active = layout.flat(gates)
+    active = layout.flat(gates)[0]
     plan = _static_plan(active, layout, expected=0.25)
     check(plan, active)
     assert plan.capacity == layout.positions and not plan.exact and plan.density == 0.25
@@ -63,8 +64,10 @@ def test_static_plans_have_room_for_everything(density: float) -> None:
 def test_plans_by_kernels_are_the_same() -> None:
     gates = masks(0.3, 3)
     layout = RowLayout.of(gates)
-    near = layout.flat([F.max_pool2d(gate.float(), 3, 1, 1) > 0 for gate in gates])
+    near = layout.flat([F.max_pool2d(gate.float(), 3, 1, 1) > 0 for gate in gates])[0]
     for plan, active in zip(
-        make_plans(layout.flat(gates), layout, reaches=(1, 0), impl="triton"), (near, layout.flat(gates)), strict=True
+        make_plans(layout.flat(gates)[0], layout, reaches=(1, 0), impl="triton"),
+        (near, layout.flat(gates)[0]),
+        strict=True,
     ):
         check(plan, active)

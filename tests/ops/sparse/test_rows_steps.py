@@ -23,6 +23,7 @@ from dyndet.ops.sparse import (
     scale_work,
     whole_plan,
 )
+from dyndet.ops.sparse.tables import sending
 
 CHANNELS = 4
 Shapes = list[tuple[int, int]]
@@ -51,8 +52,8 @@ class Scene:
         if not whole:
             down, up, depth = self.gates
             self.plans = [
-                *make_plans(down, self.layout, valid=self.layout.sending(1)),
-                *make_plans(up, self.layout, valid=self.layout.sending(-1)),
+                *make_plans(down, self.layout, valid=sending(self.layout, 1)),
+                *make_plans(up, self.layout, valid=sending(self.layout, -1)),
                 *make_plans(depth, self.layout, reaches=(1, 0)),
             ]
 
@@ -122,7 +123,7 @@ def test_levels_without_a_receiver_or_rows_are_not_computed() -> None:
     assert (down, up) == (each * (30 + 12), each * (12 + 4))
     coarsest = torch.zeros(scene.layout.positions)
     coarsest[scene.layout.levels[2][0] :] = 1
-    nothing, few = (make_plans(coarsest, scene.layout, valid=scene.layout.sending(step))[0] for step in (1, -1))
+    nothing, few = (make_plans(coarsest, scene.layout, valid=sending(scene.layout, step))[0] for step in (1, -1))
     down, up = (float(item.executed()) for item in scale_work(scene.rows, *paths, (nothing, few)))  # type: ignore[misc]
     assert (down, up) == (0, each * 4)
     whole = whole_plan(scene.layout)

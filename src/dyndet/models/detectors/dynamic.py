@@ -7,7 +7,6 @@ composite links, then the second neck and head; the first's do not run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -21,7 +20,7 @@ from dyndet.models.dynamicdet.links import CompositeLinks, run_linked
 from dyndet.models.dynamicdet.router import Router
 from dyndet.ops.distributed import alone
 from dyndet.ops.grid import valid_masks
-from dyndet.routing import Routes, Routing
+from dyndet.routing import Routes
 from dyndet.structures import Detections, ImageBatch, Losses, Size, Target
 
 Route = Literal["first", "second"]
@@ -165,10 +164,10 @@ class CascadeDetector(Detector):
             some = seen.only(indices)
             if hard:
                 answers, routing = self.second.detect_from(self._hard_maps(some), some.batch)
-                routes.second = _named(routing, "second")
+                routes.second = routing and routing.named("second.")
             else:
                 answers, routing = self.first.detect_from(self._easy_maps(some), some.batch)
-                routes.first = _named(routing, "first")
+                routes.first = routing and routing.named("first.")
             for index, answer in zip(indices, answers, strict=True):
                 found[index] = answer
         return cast(list[Detections], found), routes
@@ -251,13 +250,6 @@ class Seen(NamedTuple):
 
 def _staged(detector: PyramidDetector) -> StagedBackbone:
     return cast(StagedBackbone, detector.backbone)
-
-
-def _named(routing: Routing | None, detector: Route) -> Routing | None:
-    """The same decisions, told apart from those of the other detector."""
-    if routing is None:
-        return None
-    return Routing([replace(gate, node=f"{detector}.{gate.node}") for gate in routing.gates], routing.work)
 
 
 def assemble_cascade(

@@ -14,6 +14,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dyndet.layout import RowLayout
 from dyndet.models.detectors.base import Branch
 from dyndet.models.heads.branches import BRANCHES, check_branches
 from dyndet.models.heads.fixed import FixedHead
@@ -25,7 +26,6 @@ from dyndet.ops.sparse import (
     Impl,
     NodeDensity,
     Plan,
-    RowLayout,
     Stats,
     autocast_dtype,
     check_impl,
@@ -33,15 +33,17 @@ from dyndet.ops.sparse import (
     make_plans,
     scale_rows,
     scale_work,
+    sending,
     whole_plan,
 )
-from dyndet.routing import PathGate, Routing, Work
+from dyndet.routing import GatedPath, Routing, Work
 from dyndet.structures import HeadOutput
 
 NormStats = Literal["active", "position", "dense", "published"]
 Gating = Literal["both", "depth", "scale", "none"]
 
 
+PATHS = ("down", "up", "depth")
 _CLOSED = -1e4  # logit of a position that does not exist
 
 
@@ -91,10 +93,10 @@ class FineGrainedNode(nn.Module):
 
     def forward(
         self, name: str, rows: Tensor, layout: RowLayout, valid: Tensor | None, expected: NodeDensity
-    ) -> tuple[Tensor, list[PathGate], list[Work]]:
-        """(P + 1, C) -> outputs of the same shape, the node's gates under the node's `name`, and the work done."""
+    ) -> tuple[Tensor, dict[str, Tensor], list[Work]]:
+        """(P + 1, C) -> outputs of the same shape, the gates (P,) by path, and the work done, by the node's `name`."""
         # Competing gates (softmax over paths) must all be decided on x; otherwise the depth gate waits for s.
-        first = ("down", "up", "depth") if self.activation.joint else ("down", "up")
+        first = PATHS if self.activation.joint else PATHS[:2]
         gates, rows = self._decide(first, rows, layout, valid)
         sparse_scale = self.norm_stats in ("active", "position")
         s, work_scale = self._scale_step(rows, gates["down"], gates["up"], layout, expected, sparse_scale)
@@ -106,7 +108,7 @@ class FineGrainedNode(nn.Module):
         inner, outer = self._plans(gates["depth"], layout, valid, (1, 0), shares, sparse_depth)
         outputs, work_depth = self.depth.gated(s, gates["depth"], inner, outer, stats=self._stats, impl=self.impl)
         work = [replace(item, node=name) for item in (*work_scale, *work_depth)]
-        return outputs, self._record(name, gates, layout, valid), work
+        return outputs, gates, work
 
     def _decide(
         self, paths: Sequence[str], rows: Tensor, layout: RowLayout, valid: Tensor | None
@@ -141,8 +143,8 @@ class FineGrainedNode(nn.Module):
     ) -> tuple[Tensor, list[Work]]:
         """The sums s, and the work done. What has no receiver is not computed."""
         paths = self.down.conv_norm, self.up.conv_norm
-        (plan_down,) = self._plans(down, layout, layout.sending(1), (0,), (expected.down,), sparse)
-        (plan_up,) = self._plans(up, layout, layout.sending(-1), (0,), (expected.up,), sparse)
+        (plan_down,) = self._plans(down, layout, sending(layout, 1), (0,), (expected.down,), sparse)
+        (plan_up,) = self._plans(up, layout, sending(layout, -1), (0,), (expected.up,), sparse)
         plans = plan_down, plan_up
         s = scale_rows(
             rows, self.output_weight, self.scale_weight, *paths, (down, up), plans, stats=self._stats, impl=self.impl
@@ -154,16 +156,10 @@ class FineGrainedNode(nn.Module):
     def _stats(self) -> Stats:
         return "position" if self.norm_stats == "position" else "active"
 
-    def _record(self, name: str, gates: dict[str, Tensor], layout: RowLayout, valid: Tensor | None) -> list[PathGate]:
-        areas = [None] * len(layout.shapes) if valid is None else layout.unflat(valid)
-        return [
-            PathGate(
-                name, path, level, gate, self.costs[path], self.router_macs.get(path, 0.0), area,
-                self.norm_stats != "dense",
-            )
-            for path, flat in gates.items()
-            for level, (gate, area) in enumerate(zip(layout.unflat(flat), areas, strict=True))
-        ]  # fmt: skip
+    def described(self, name: str, path: str) -> GatedPath:
+        """What the gate of a path decides about, under the node's `name`."""
+        sparse = self.norm_stats != "dense"
+        return GatedPath(name, path, self.costs[path], self.router_macs.get(path, 0.0), sparse)
 
 
 class FineGrainedHead(nn.Module):
@@ -307,26 +303,31 @@ class FineGrainedHead(nn.Module):
             Features of every branch, in the shapes of the input, and the `Routing` of all nodes.
         """
         layout = RowLayout.of(features)
-        area = layout.flat(valid) if valid and self.norm_stats != "published" else None
+        area = layout.flat(valid)[0] if valid and self.norm_stats != "published" else None
         start = layout.rows(features)
         start = start.to(autocast_dtype(start))  # the residual stream too: half of the head's time is moving it
         impl = self._nodes(self.branches[0])[0].impl
         learning = self.expected_density is None and counted_later(start, impl)
         if learning:
             self._densities.refresh()
-        routing = Routing()
+        decided: list[tuple[FineGrainedNode, str, dict[str, Tensor]]] = []
+        work: list[Work] = []
         outputs: dict[str, list[Tensor]] = {}
         for branch in self.branches:
             rows = start
             for index, node in enumerate(self._nodes(branch)):
                 name = f"{branch}.{index}"
                 expected = self._densities.of(name) if learning else NodeDensity.of_gates(self.expected_density)
-                rows, gates, work = node(name, rows, layout, area, expected)
-                routing.gates.extend(gates)
-                routing.work.extend(work)
+                rows, gates, done = node(name, rows, layout, area, expected)
+                decided.append((node, name, gates))
+                work += done
             outputs[branch] = layout.maps(rows)
         if learning:
-            self._densities.observe(routing.work, layout.positions)
+            self._densities.observe(work, layout.positions)
+        # Path by path, so that all that cost the same are neighbours.
+        order = [(node, name, path, gates[path]) for path in PATHS for node, name, gates in decided]
+        paths = tuple(node.described(name, path) for node, name, path, _ in order)
+        routing = Routing(layout, paths, torch.stack([gate for *_, gate in order]), area, work)
         return HeadOutput.of(outputs, routing)
 
     def _nodes(self, branch: Branch) -> list[FineGrainedNode]:

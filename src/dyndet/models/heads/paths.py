@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dyndet.models.heads.init import init_normal
 from dyndet.ops.masked_norm import masked_group_norm
 from dyndet.ops.sparse import ConvNorm, Impl, Plan, Stats, conv_work, depth_rows
-from dyndet.routing import ConvCost, Work
+from dyndet.routing import LayerCost, Work
 
 
 class ScalePath(nn.Module):
@@ -35,10 +35,10 @@ class ScalePath(nn.Module):
         """What `scale_rows` computes, sparse and gated."""
         return ConvNorm.of(self.conv, self.norm)
 
-    def costs(self, *, published: bool) -> tuple[ConvCost, ...]:
+    def costs(self, *, published: bool) -> tuple[LayerCost, ...]:
         """Multiply-adds per position; the published table counts the convolution twice (spec: 4 864 for C = 256)."""
         conv = self.conv.weight.numel()
-        return (ConvCost((2 if published else 1) * conv + self.norm.num_channels),)
+        return (LayerCost((2 if published else 1) * conv + self.norm.num_channels),)
 
 
 class DepthPath(nn.Module):
@@ -80,10 +80,10 @@ class DepthPath(nn.Module):
         ]
         return outputs, work
 
-    def costs(self) -> tuple[ConvCost, ...]:
+    def costs(self) -> tuple[LayerCost, ...]:
         """Both convolutions with their norms; conv 1 runs on the 3x3 neighbourhood of what conv 2 computes (Eq. 4)."""
         macs = self.conv1.weight.numel() + self.norm1.num_channels
-        return (ConvCost(macs, reach=1), ConvCost(macs, reach=0))
+        return (LayerCost(macs, reach=1), LayerCost(macs, reach=0))
 
 
 def _norm(norm: nn.GroupNorm, features: Tensor, mask: Tensor | None) -> Tensor:

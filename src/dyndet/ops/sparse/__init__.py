@@ -1,5 +1,6 @@
 """Sparse 3x3 convolution blocks on the rows of a pyramid: plan -> convolve -> normalise -> place."""
 
+from dyndet.layout import RowLayout
 from dyndet.ops.sparse.conv import conv_rows, conv_work
 from dyndet.ops.sparse.conv_norm import conv_norm_rows
 from dyndet.ops.sparse.density import DensityEstimate, NodeDensity, counted_later
@@ -8,7 +9,6 @@ from dyndet.ops.sparse.direct import autocast_dtype
 from dyndet.ops.sparse.exchange import exchange_rows
 from dyndet.ops.sparse.execute.norm import Stats
 from dyndet.ops.sparse.impl import IMPLS, Impl, check_impl, choose
-from dyndet.ops.sparse.layout import RowLayout
 from dyndet.ops.sparse.logits import logit_rows
 from dyndet.ops.sparse.norm import norm_rows
 from dyndet.ops.sparse.parameters import ConvNorm
@@ -16,6 +16,7 @@ from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, make_plans, whole_plan
 from dyndet.ops.sparse.scale_step import scale_rows, scale_work
 from dyndet.ops.sparse.scatter import scatter_rows
+from dyndet.ops.sparse.tables import sending
 
 __all__ = [
     "IMPLS",
@@ -42,5 +43,6 @@ __all__ = [
     "scale_rows",
     "scale_work",
     "scatter_rows",
+    "sending",
     "whole_plan",
 ]

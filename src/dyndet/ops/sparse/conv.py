@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dyndet.layout import RowLayout
 from dyndet.ops.sparse.direct import allows_tf32, autocast_dtype, direct
 from dyndet.ops.sparse.execute import dense, gather, triton
 from dyndet.ops.sparse.impl import Impl, choose
-from dyndet.ops.sparse.layout import from_sizes
 from dyndet.ops.sparse.plan import Plan
+from dyndet.ops.sparse.tables import neighbours, segment
 from dyndet.routing import Work
 
 
@@ -54,7 +55,7 @@ def conv_rows(
     for plan in (source, target):
         plan.check(how == "triton")
     return _conv_rows(
-        x, weight, bias, *source.tensors, *target.tensors, layout.neighbours, layout.sizes, layout.batch, source.whole,
+        x, weight, bias, *source.tensors, *target.tensors, neighbours(layout), layout.sizes, source.whole,
         target.whole, how, -1.0 if target.density is None else target.density, allows_tf32(dtype),
     )  # fmt: skip
 
@@ -88,7 +89,7 @@ def _defined(positions: Tensor, offsets: Tensor, nowhere: int) -> Tensor:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, source_positions: Tensor, source_inverse: Tensor,
     source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
+    sizes: list[int], source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
 ) -> Tensor:  # fmt: skip
     if how == "triton":
         arguments = x, weight, bias, positions, None if source_whole else source_inverse, neighbours, offsets
@@ -99,7 +100,7 @@ def _forward(
         rows = None if source_whole else source_inverse
         index = gather.taps(positions, rows, neighbours, int(offsets[-1]))
         return gather.conv(x, weight, bias, index, len(positions))
-    layout = from_sizes(sizes, batch, x.device)
+    layout = RowLayout.from_sizes(sizes, x.device)
     source = None if source_whole else _defined(source_positions, source_offsets, layout.positions)
     target = None if target_whole else _defined(positions, offsets, layout.positions)
     return dense.conv(x, weight, bias, layout, source, target)
@@ -119,11 +120,11 @@ def _(
 def _gradient(
     grad: Tensor, x: Tensor, weight: Tensor, source_positions: Tensor, source_inverse: Tensor,
     source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
+    sizes: list[int], source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight and bias; empty where not needed."""
-    layout = from_sizes(sizes, batch, x.device)
+    layout = RowLayout.from_sizes(sizes, x.device)
     needs_x, needs_weight, needs_bias = needs
     grad_x: Tensor | None = None
     grad_weight: Tensor | None = None
@@ -135,7 +136,7 @@ def _gradient(
             run, run_weight = partial(kernels.conv, tf32=tf32), partial(kernels.conv_weight_grad, tf32=tf32)
         grad = grad.contiguous()
         if needs_x and source_whole:  # only positions near an active one receive anything
-            near = kernels.plan(inverse[:-1] < len(positions), None, neighbours, layout.segment, layout.segments, [1])
+            near = kernels.plan(inverse[:-1] < len(positions), None, neighbours, segment(layout), layout.segments, [1])
             grad_x = run(grad, weight, None, near[0][0], inverse, neighbours, near[0][2], transposed=True, place=True)
         elif needs_x:
             grad_x = run(grad, weight, None, source_positions, inverse, neighbours, source_offsets, transposed=True)
@@ -181,7 +182,7 @@ _registered_gradient = torch.library.custom_op("dyndet::conv_rows_backward", _gr
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, source_positions: Tensor, source_inverse: Tensor,
     source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], batch: int, source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
+    sizes: list[int], source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = (tuple(x.shape), tuple(weight.shape), (len(weight),))
@@ -203,7 +204,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:3])
     saved: list[Any] = [*ctx.saved_tensors, *ctx.rest, needs]
     grads = gradient(grad, *saved)
-    return *(value if needed else None for value, needed in zip(grads, needs, strict=True)), *[None] * 14
+    return *(value if needed else None for value, needed in zip(grads, needs, strict=True)), *[None] * 13
 
 
 _registered.register_autograd(_backward, setup_context=_setup)

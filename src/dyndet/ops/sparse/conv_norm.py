@@ -18,6 +18,7 @@ from dyndet.ops.sparse.execute.norm import Stats
 from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.norm import norm_rows
 from dyndet.ops.sparse.plan import Plan
+from dyndet.ops.sparse.tables import neighbours
 
 
 def conv_norm_rows(
@@ -48,7 +49,7 @@ def conv_norm_rows(
         dtype = autocast_dtype(x)
         inverse = None if source.whole else source.inverse
         return _conv_norm_rows(
-            x.to(dtype), weight.to(dtype), scale, shift, target.positions, inverse, target.layout.neighbours,
+            x.to(dtype), weight.to(dtype), scale, shift, target.positions, inverse, neighbours(target.layout),
             target.offsets, num_groups, eps, relu, target.density, allows_tf32(dtype),
         )  # fmt: skip
     x = conv_rows(x, weight, source=source, target=target, impl=impl)

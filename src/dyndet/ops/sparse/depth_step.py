@@ -21,6 +21,7 @@ from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.parameters import ConvNorm
 from dyndet.ops.sparse.place import place_rows
 from dyndet.ops.sparse.plan import Plan, whole_plan
+from dyndet.ops.sparse.tables import neighbours
 
 
 def depth_rows(
@@ -139,7 +140,7 @@ def _index(source: Plan, target: Plan, how: Impl) -> Tensor | None:
     if how != "gather":
         return None
     inverse = None if source.whole else source.inverse
-    return gather.taps(target.positions, inverse, target.layout.neighbours, target.capacity)
+    return gather.taps(target.positions, inverse, neighbours(target.layout), target.capacity)
 
 
 def _conv(x: Tensor, weight: Tensor, index: Tensor | None, source: Plan, target: Plan) -> Tensor:

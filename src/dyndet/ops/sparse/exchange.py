@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyndet.layout import RowLayout
 from dyndet.ops.sparse.direct import direct
-from dyndet.ops.sparse.layout import RowLayout, from_sizes
 
 
 def exchange_rows(x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tensor, layout: RowLayout) -> Tensor:
@@ -33,14 +33,14 @@ def exchange_rows(x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tenso
     Returns:
         (P + 1, C), the last row zero.
     """
-    return _exchange_rows(x, down.to(x.dtype), up.to(x.dtype), own, scale, layout.sizes, layout.batch)[0]
+    return _exchange_rows(x, down.to(x.dtype), up.to(x.dtype), own, scale, layout.sizes)[0]
 
 
 def _forward(
-    x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tensor, sizes: list[int], batch: int
+    x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tensor, sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     """-> s, and what was received (P, C)."""
-    layout = from_sizes(sizes, batch, x.device)
+    layout = RowLayout.from_sizes(sizes, x.device)
     received = x.new_empty(layout.positions, x.shape[1])
     downs, ups = layout.maps(down), layout.maps(up)
     for level, (into, shape) in enumerate(zip(layout.maps(received), layout.shapes, strict=True)):
@@ -69,10 +69,10 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gradient(
-    grad: Tensor, x: Tensor, received: Tensor, own: Tensor, scale: Tensor, sizes: list[int], batch: int
+    grad: Tensor, x: Tensor, received: Tensor, own: Tensor, scale: Tensor, sizes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, down, up, own and scale."""
-    layout = from_sizes(sizes, batch, x.device)
+    layout = RowLayout.from_sizes(sizes, x.device)
     grad = grad.contiguous()
     grads = layout.maps(grad)
     of_down, of_up = torch.empty_like(x), torch.empty_like(x)
@@ -113,7 +113,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     gradient = _gradient if getattr(ctx, "direct", False) else _registered_gradient
-    return *gradient(grad, *ctx.saved_tensors, *ctx.rest), None, None
+    return *gradient(grad, *ctx.saved_tensors, *ctx.rest), None
 
 
 _registered.register_autograd(_backward, setup_context=_setup)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dyndet.layout import RowLayout
 from dyndet.ops.sparse.direct import autocast_dtype, ordinary
 from dyndet.ops.sparse.execute import logits as execute
-from dyndet.ops.sparse.layout import RowLayout, from_sizes
 
 
 def logit_rows(x: Tensor, weight: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def logit_rows(x: Tensor, weight: Tensor, layout: RowLayout) -> tuple[Tensor, Te
     if ordinary(x):
         logits, again = _Logits.apply(x, weight, layout)
         return logits, again if x.requires_grad else x
-    return _registered(x, weight, layout.sizes, layout.batch), x
+    return _registered(x, weight, layout.sizes), x
 
 
 class _Logits(torch.autograd.Function):
@@ -52,8 +52,8 @@ class _Logits(torch.autograd.Function):
         return *execute.logits_backward(of_logits, x, weight, ctx.layout, of_x), None
 
 
-def _forward(x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> Tensor:
-    return execute.logits(x, weight, from_sizes(sizes, batch, x.device))
+def _forward(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    return execute.logits(x, weight, RowLayout.from_sizes(sizes, x.device))
 
 
 _registered = torch.library.custom_op("dyndet::logit_rows", _forward, mutates_args=())
@@ -64,9 +64,9 @@ def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(len(weight), len(x) - 1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes: list[int], batch: int) -> tuple[Tensor, Tensor]:
+def _gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     """-> gradients of x and weight."""
-    return execute.logits_backward(grad, x, weight, from_sizes(sizes, batch, x.device))
+    return execute.logits_backward(grad, x, weight, RowLayout.from_sizes(sizes, x.device))
 
 
 _registered_gradient = torch.library.custom_op("dyndet::logit_rows_backward", _gradient, mutates_args=())
@@ -83,7 +83,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *_registered_gradient(grad, *ctx.saved_tensors, *ctx.rest), None, None
+    return *_registered_gradient(grad, *ctx.saved_tensors, *ctx.rest), None
 
 
 _registered.register_autograd(_backward, setup_context=_setup)

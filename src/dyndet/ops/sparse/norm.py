@@ -13,6 +13,7 @@ from dyndet.ops.sparse.execute import triton
 from dyndet.ops.sparse.execute.norm import Stats
 from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.plan import Plan
+from dyndet.ops.sparse.tables import segment
 
 
 def norm_rows(
@@ -38,9 +39,8 @@ def norm_rows(
     """
     kernels = triton.chosen(impl, x.device)
     plan.check(kernels)
-    segment = plan.layout.segment
     return _norm_rows(
-        x, weight, bias, plan.positions, segment, plan.offsets, num_groups, eps, stats, relu, kernels
+        x, weight, bias, plan.positions, segment(plan.layout), plan.offsets, num_groups, eps, stats, relu, kernels
     )[0]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from dyndet.ops.sparse.execute import triton
 from dyndet.ops.sparse.execute.norm import Stats
 from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.plan import Plan
+from dyndet.ops.sparse.tables import segment
 
 
 def place_rows(
@@ -45,7 +46,7 @@ def place_rows(
     plan.check(kernels)
     gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
     y, *_ = _place_rows(
-        x, weight, bias, gate, residual, *plan.tensors, plan.layout.segment, num_groups, eps, stats, relu, kernels
+        x, weight, bias, gate, residual, *plan.tensors, segment(plan.layout), num_groups, eps, stats, relu, kernels
     )
     return y
 

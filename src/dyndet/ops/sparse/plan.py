@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dyndet.layout import RowLayout
 from dyndet.ops.sparse.direct import ordinary
 from dyndet.ops.sparse.execute import triton
 from dyndet.ops.sparse.impl import Impl
 from dyndet.ops.sparse.kept import kept
-from dyndet.ops.sparse.layout import RowLayout
+from dyndet.ops.sparse.tables import neighbours, segment, starts
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Plan:
 def whole_plan(layout: RowLayout) -> Plan:
     """Every position of the layout: rows are the map."""
     index = torch.arange(layout.positions + 1, dtype=torch.int32, device=layout.device)
-    return Plan(layout, index[:-1], index, layout.starts, whole=True)
+    return Plan(layout, index[:-1], index, starts(layout), whole=True)
 
 
 def make_plans(
@@ -100,7 +101,7 @@ def make_plans(
     if not isinstance(expected, Sequence):
         expected = [reached(expected, reach) for reach in reaches]
     if triton.chosen(impl, gate.device):
-        arguments = gate, valid, layout.neighbours, layout.segment, layout.segments, list(reaches)
+        arguments = gate, valid, neighbours(layout), segment(layout), layout.segments, list(reaches)
         if ordinary(gate):
             found = triton.kernels().plan(*arguments)
         else:
@@ -146,9 +147,9 @@ def _active(gate: Tensor, layout: RowLayout, valid: Tensor | None, reaches: Sequ
     for reach in reaches:
         mask = opened
         if reach and torch.compiler.is_compiling():
-            mask = torch.cat([opened, opened.new_zeros(1)])[layout.neighbours.long()].any(1)
+            mask = torch.cat([opened, opened.new_zeros(1)])[neighbours(layout).long()].any(1)
         elif reach:  # as many indices as are needed
-            near = layout.neighbours.index_select(0, opened.nonzero().view(-1)).view(-1)
+            near = neighbours(layout).index_select(0, opened.nonzero().view(-1)).view(-1)
             mask = opened.new_zeros(len(opened) + 1).index_fill_(0, near.long(), True)[:-1]
         masks.append(mask if valid is None else mask & valid)
     return masks
@@ -161,7 +162,7 @@ def _exact_plan(active: Tensor, layout: RowLayout) -> Plan:
         return whole_plan(layout)
     inverse = positions.new_full((layout.positions + 1,), count)
     inverse[positions.long()] = torch.arange(count, dtype=torch.int32, device=layout.device)
-    offsets = torch.searchsorted(positions, layout.starts, out_int32=True)
+    offsets = torch.searchsorted(positions, starts(layout), out_int32=True)
     return Plan(layout, positions, inverse, offsets)
 
 
@@ -174,4 +175,4 @@ def _static_plan(active: Tensor, layout: RowLayout, expected: float | None) -> P
     index = torch.arange(size, dtype=torch.int32, device=layout.device)
     positions = positions.index_copy(0, inverse[:-1].long(), index)  # inactive ones all land in the spare last place
     ends = torch.cat([before, before[-1:] + active[-1:].int()])
-    return Plan(layout, positions[:-1], inverse, ends[layout.starts.long()], expected=expected)
+    return Plan(layout, positions[:-1], inverse, ends[starts(layout).long()], expected=expected)

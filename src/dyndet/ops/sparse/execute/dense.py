@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyndet.ops.sparse.layout import RowLayout
+from dyndet.layout import RowLayout
 
 
 def conv(

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyndet.ops.sparse.layout import RowLayout
+from dyndet.layout import RowLayout
+from dyndet.ops.sparse.tables import neighbours_by_tap
 
 
 def logits(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
@@ -23,7 +24,7 @@ def logits(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
     products = (_matrix(weight) @ x.t()).to(torch.promote_types(x.dtype, torch.float32))
     if taps == 1:
         return products[:, :-1].contiguous()
-    index = layout.neighbours_by_tap[0]
+    index = neighbours_by_tap(layout)[0]
     return products.view(outputs, -1).index_select(1, index).view(outputs, taps, -1).sum(1)
 
 
@@ -34,7 +35,7 @@ def logits_backward(
     outputs, taps = len(weight), weight.shape[2] * weight.shape[3]
     of_products = grad
     if taps > 1:  # what a position gets for a tap lies at its neighbour on the other side
-        index = layout.neighbours_by_tap[1]
+        index = neighbours_by_tap(layout)[1]
         of_products = F.pad(grad, (0, 1)).index_select(1, index).view(outputs * taps, -1)
     of_products = of_products.to(x.dtype)
     grad_x = torch.empty_like(x)

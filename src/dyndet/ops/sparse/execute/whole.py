@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyndet.layout import RowLayout
 from dyndet.ops.sparse.execute.norm import Stats, normalise, normalise_backward
-from dyndet.ops.sparse.layout import RowLayout
 from dyndet.ops.sparse.parameters import ConvNorm
 
 _STATES = 8  # that a level keeps for the backward direction
