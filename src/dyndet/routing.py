@@ -243,9 +243,11 @@ class Routing:
         return torch.stack([count * price for count, price in zip(wide, prices, strict=True)]).sum(0)
 
     def _total(self, costs: Sequence[Tensor | float]) -> Tensor:
-        device = self.gates.device
-        parts = [torch.as_tensor(cost, device=device).flatten().to(_wide(self.gates)) for cost in costs]
-        return torch.cat(parts).sum() if parts else torch.zeros((), device=device)
+        """Scalar; what the host knows is added there."""
+        known = sum(float(cost) for cost in costs if not isinstance(cost, Tensor))
+        total = torch.full((), known, dtype=_wide(self.gates), device=self.gates.device)
+        counted = [cost.flatten().to(total.dtype) for cost in costs if isinstance(cost, Tensor)]
+        return total + torch.cat(counted).sum() if counted else total
 
 
 def _wide(values: Tensor) -> torch.dtype:
