@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dyndet.checkpoints.read import Checkpoint, read_checkpoint
 from dyndet.cli.compose import build, compose_experiment
@@ -70,9 +71,16 @@ def detector_from(
             raise UserError(f"impl={impl}: the head of {config.name} has no sparse operations")
         head.impl = impl
     detector: Detector = build(config.detector)
-    detector.load_state_dict(saved.weights)
+    detector.load_state_dict(_read(saved.weights, detector))
     if config.channels_last:  # as in training, so that the numbers are the same to the last bit
         nn.Module.to(detector, memory_format=torch.channels_last)
     if speed is not None:
         set_speed(detector, speed, None if saved.calibration is None else Calibration.of(saved.calibration))
     return fused(detector) if fuse else detector.eval()
+
+
+def _read(weights: dict[str, Tensor], detector: Detector) -> dict[str, Tensor]:
+    """Without the towers that nobody reads: detectors of earlier versions had them, see `Predictor.reads`."""
+    known = detector.state_dict().keys()
+    idle = re.compile(r"(?:.+\.)?head\.(?:towers\.)?reg\..+")
+    return {name: value for name, value in weights.items() if name in known or not idle.fullmatch(name)}

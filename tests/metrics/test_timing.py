@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import dyndet
-from dyndet.speeds import timing
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import HeadChain, routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.models.heads.fixed import FixedHead
+from dyndet.speeds import timing
 from dyndet.structures import Batch, ImageBatch
 
 SECONDS = {FineGrainedHead: 3.0, FixedHead: 4.0, HeadChain: 100.0}

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dyndet import build_detector
+from dyndet.api import detector_from
+from dyndet.checkpoints.read import Checkpoint
+from dyndet.cli.compose import compose_experiment
 from dyndet.errors import UserError
 from dyndet.models.detectors.base import Branch
 from dyndet.models.detectors.pyramid import PyramidDetector
@@ -133,3 +136,17 @@ def test_a_head_without_branches_fits_predictors_that_read_all() -> None:
         with pytest.raises(UserError, match="Outside builds all branches, but this predictor reads only cls") as caught:
             build_detector(None, ["~head", "+" + outside[0], *more])
         assert "`branches`" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_checkpoints_with_a_tower_that_nobody_read_load() -> None:
+    """Earlier versions built it; nothing that was computed depended on it."""
+    options = ["data.num_classes=4", "predictor=yolo_small", "head=plain_small"]
+    config = compose_experiment("shapes_static", options)
+    detector = build_detector("shapes_static", options)
+    weights = detector.state_dict()
+    towers = {name.replace("head.cls", "head.reg"): x for name, x in weights.items() if name.startswith("head.cls")}
+    assert towers
+    loaded = detector_from(Checkpoint(config, [], {**weights, **towers}))
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(RuntimeError, match="nobody"):
+        detector_from(Checkpoint(config, [], {**weights, "head.nobody": torch.zeros(1)}))

@@ -165,6 +165,11 @@ HIDDEN: dict[str, tuple[str, Any, str]] = {
         "dyndet.models.backbones.weights.read_weights",
         "head._target_",
     ),
+    "weights that would be fetched": (
+        "detector/backbone",
+        {"_target_": "dyndet.models.backbones.timm.TimmBackbone", "name": "resnet50", "weights": "timm"},
+        "detector.backbone.weights",
+    ),
     "under a key with dots": ("head.activation", {"_target_": "os.getcwd"}, "head.activation._target_"),
     "under a number": ("data/module/x", {3: {"_target_": "os.getcwd"}}, "data.module.x.3._target_"),
     "by reference to training": ("head", "${optim.optimizer}", "head"),
@@ -310,3 +315,9 @@ def test_listed_names_are_of_the_module_that_defines_them(name: str) -> None:
     assert callable(part)
     assert f"{part.__module__}.{part.__qualname__}" == name
     assert name.startswith(("dyndet.models.", "dyndet.data."))
+
+
+def test_a_file_does_not_make_timm_ask_a_hub(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path, ("backbone/name", "hf-hub:somebody/model"))
+    with pytest.raises(UserError, match="is no model of timm"):
+        dyndet.load_detector(file)

@@ -78,6 +78,8 @@ CONSTRUCTORS = frozenset(
 )
 """Every constructor that a stored configuration may call, by its exact name: none writes a file or calls a name."""
 
+_BACKBONE = "dyndet.models.backbones.timm.TimmBackbone"
+
 UNBUILT = frozenset({"callbacks", "hydra", "logger", "optim", "trainer"})
 """Groups that nothing is ever built of from a file: they may name anything, and no other group may refer to them."""
 
@@ -122,6 +124,13 @@ def _faults(node: Any, place: str, *, built: bool) -> Iterator[tuple[str, Any, s
             if built and key in _KINDS and not isinstance(value, _KINDS[key]):
                 yield where, value, f"which must be a plain {_KINDS[key].__name__}"
             yield from _faults(value, where, built=built)
+        if (
+            built
+            and node.get("_target_") == _BACKBONE
+            and place != "backbone"
+            and node.get("weights", "none") != "none"
+        ):
+            yield f"{place}.weights", node["weights"], "which would be fetched: the weights of a file are in it"
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _faults(value, f"{place}[{index}]", built=built)

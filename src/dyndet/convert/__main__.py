@@ -16,7 +16,7 @@ def convert(config: DictConfig) -> Path:
     """Converts a file and says what became of its tensors."""
     if Path(config.out).resolve() == Path(config.source).resolve():
         raise UserError(f"out={config.out} is the source: give another file")
-    converted = read_release(config.source, config.experiment, trust=config.trust)
+    converted = read_release(config.source, config.experiment, trust=config.trust is True)
     out = save_release(converted, config.out)
     report = converted.report
     print(f"{config.source}: {converted.source}, as experiment {converted.experiment}")

@@ -68,6 +68,8 @@ class TimmBackbone(nn.Module):
         super().__init__()
         if norm not in ("train", "eval", "frozen"):
             raise ValueError(f"norm must be train, eval or frozen, got {norm!r}")
+        if ":" in name:  # a scheme of timm's: a hub, a folder
+            raise UserError(f"backbone.name={name} is no model of timm: give its name, and backbone.weights=FILE")
         shell, options = _shell(name, drop_path)
         available: list[int] = list(shell.feature_info.reduction())
         missing = [stride for stride in strides if stride not in available]
