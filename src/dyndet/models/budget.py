@@ -1,6 +1,6 @@
 """The price of compute: a loss on what a head routed.
 
-Source: Song et al., NeurIPS 2020, Eq. 4-6.
+Source: Song et al., NeurIPS 2020, arXiv:2012.03519, Eq. 4-6.
 """
 
 from __future__ import annotations

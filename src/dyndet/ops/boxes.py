@@ -21,7 +21,7 @@ def centerness_from_ltrb(ltrb: Tensor) -> Tensor:
 
 
 def iou_log_loss(predicted: Tensor, wanted: Tensor, eps: float = 1e-6) -> Tensor:
-    """(N, 4) and (N, 4) matched boxes -> (N,) -log(IoU), bounded (UnitBox; plain FCOS)."""
+    """(N, 4) and (N, 4) matched boxes -> (N,) -log(IoU), bounded (UnitBox, arXiv:1608.01471; plain FCOS)."""
     corner = torch.minimum(predicted[:, 2:], wanted[:, 2:]) - torch.maximum(predicted[:, :2], wanted[:, :2])
     overlap = corner.clamp(min=0).prod(1)
     areas = (predicted[:, 2:] - predicted[:, :2]).prod(1) + (wanted[:, 2:] - wanted[:, :2]).prod(1)

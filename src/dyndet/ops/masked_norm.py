@@ -1,4 +1,4 @@
-"""Group normalisation whose statistics come from the active positions only."""
+"""Group normalisation (Wu and He, ECCV 2018, arXiv:1803.08494) whose statistics come from the active positions only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deformable convolutions in place of a ResNet's own (DCN v2: Zhu et al., CVPR 2019)."""
+"""Deformable convolutions in place of a ResNet's own (DCN v2: Zhu et al., CVPR 2019, arXiv:1811.11168)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What timm's Swin (Liu et al., ICCV 2021) needs to work on maps of any size, as detectors use it."""
+"""What timm's Swin (Liu et al., ICCV 2021, arXiv:2103.14030) needs to work on maps of any size, as detectors use it."""
 
 from __future__ import annotations
 

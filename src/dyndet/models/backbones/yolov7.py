@@ -1,4 +1,4 @@
-"""The backbones of YOLOv7, YOLOv7-X and YOLOv7-W6 (Wang et al., CVPR 2023)."""
+"""The backbones of YOLOv7, YOLOv7-X and YOLOv7-W6 (Wang et al., CVPR 2023, arXiv:2207.02696)."""
 
 from __future__ import annotations
 

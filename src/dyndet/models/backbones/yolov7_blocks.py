@@ -1,4 +1,4 @@
-"""The blocks of YOLOv7 (Wang et al., CVPR 2023)."""
+"""The blocks of YOLOv7 (Wang et al., CVPR 2023, arXiv:2207.02696)."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ class SPPCSPC(nn.Module):
 
 
 class RepConv(nn.Module):
-    """The sum of a 3x3 and a 1x1 convolution, each with its norm, then SiLU; folds into one 3x3 (Ding et al., 2021).
+    """The sum of a 3x3 and a 1x1 convolution, each with its norm, then SiLU; folds into one 3x3 (RepVGG).
+
+    Source: Ding et al., CVPR 2021, arXiv:2101.03697.
 
     Args:
         in_channels: C of the input.

@@ -1,4 +1,4 @@
-"""A cascade of two detectors and a router between them (DynamicDet, Lin et al., CVPR 2023).
+"""A cascade of two detectors and a router between them (DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552).
 
 Easy images: the first backbone, its neck and head. Hard ones: both backbones, the second reading the first through
 composite links, then the second neck and head; the first's do not run.

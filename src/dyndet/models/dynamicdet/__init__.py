@@ -1,1 +1,4 @@
-"""What joins two detectors into a cascade (DynamicDet, Lin et al., CVPR 2023): composite links and the router."""
+"""What joins two detectors into a cascade (DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552).
+
+Composite links and the router.
+"""

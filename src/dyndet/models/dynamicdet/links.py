@@ -1,4 +1,7 @@
-"""Composite links: one backbone's maps added to the stages of another (CBNetV2, Liang et al., TIP 2022, DHLC)."""
+"""Composite links: one backbone's maps added to the stages of another (DHLC of CBNetV2).
+
+Source: Liang et al., CBNetV2, TIP 2022, arXiv:2107.00420.
+"""
 
 from __future__ import annotations
 

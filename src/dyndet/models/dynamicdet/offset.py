@@ -1,4 +1,6 @@
-"""What makes an image hard: by how much the second detector must win (DynamicDet, Lin et al., CVPR 2023).
+"""What makes an image hard: by how much the second detector must win (DynamicDet).
+
+Source: Lin et al., CVPR 2023, arXiv:2304.05552.
 
 The router minimises e (L1 - D/2) + (1 - e) (L2 + D/2) with easiness e and the losses L1 and L2 of both detectors. Its
 gradient depends on d = L1 - L2 and the offset D alone: images with d > D should be hard.

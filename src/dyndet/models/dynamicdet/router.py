@@ -1,4 +1,4 @@
-"""The adaptive router: how easy is this image (DynamicDet, Lin et al., CVPR 2023)."""
+"""The adaptive router: how easy is this image (DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scale-aware and the task-aware attention of DyHead (Dai et al., CVPR 2021, Eq. 3 and 5)."""
+"""The scale-aware and the task-aware attention of DyHead (Dai et al., CVPR 2021, arXiv:2106.08322, Eq. 3, 5)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class ScaleAttention(nn.Module):
 
 
 class TaskAttention(nn.Module):
-    """DyReLU: the larger of two lines per image and channel, whose coefficients follow from the map's mean.
+    """DyReLU (Chen et al., ECCV 2020, arXiv:2003.10027): the larger of two lines per image and channel, whose
+    coefficients follow from the map's mean.
 
     out = max(a1 x + b1, a2 x + b2) with a1 = 1 + 2 t1, b1 = t2, a2 = 2 t3, b2 = t4 and t in [-0.5, 0.5]; all t = 0 is
     the ordinary ReLU.

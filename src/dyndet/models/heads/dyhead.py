@@ -1,7 +1,7 @@
 """DyHead: scale-, spatial- and task-aware attention over a pyramid.
 
-Source: Dai et al., Dynamic Head, CVPR 2021, in the order of the released code (spatial, scale, task; the paper draws
-scale first), where each level sees its two neighbours.
+Source: Dai et al., Dynamic Head, CVPR 2021, arXiv:2106.08322, in the order of the released code (spatial, scale, task;
+the paper draws scale first), where each level sees its two neighbours.
 Legend: B images, C channels, L levels.
 """
 

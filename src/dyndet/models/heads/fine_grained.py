@@ -1,6 +1,7 @@
 """The fine-grained dynamic head: per-position gates choose among scale-up, depth and scale-down paths.
 
-Source: Song et al., Fine-Grained Dynamic Head for Object Detection, NeurIPS 2020; conventions of the published code.
+Source: Song et al., Fine-Grained Dynamic Head for Object Detection, NeurIPS 2020, arXiv:2012.03519; conventions of the
+published code.
 Legend: B images, C channels, L levels; x a node's input, s the sum after the scale step, y its output.
 """
 

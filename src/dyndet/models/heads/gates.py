@@ -1,7 +1,8 @@
 """Gates: a small convolution and an activation that decide, per position, how far a path is open.
 
-Source: Song et al., Fine-Grained Dynamic Head for Object Detection, NeurIPS 2020, Eq. 1-3 and the ablation of
-activations. `v` is a logit, `g` a gate; the P positions of all levels and images are decided at once (`RowLayout`).
+Source: Song et al., Fine-Grained Dynamic Head for Object Detection, NeurIPS 2020, arXiv:2012.03519, Eq. 1-3 and the
+ablation of activations. `v` is a logit, `g` a gate; the P positions of all levels and images are decided at once
+(`RowLayout`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two kinds of path inside a node of the fine-grained routing space, and how levels exchange features.
 
-Source: Song et al., NeurIPS 2020, section 3.2, and the published code (basic block in the depth path, depthwise
-convolution in the scale paths).
+Source: Song et al., NeurIPS 2020, arXiv:2012.03519, section 3.2, and the published code (basic block in the depth path,
+depthwise convolution in the scale paths).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The head of EfficientDet (Tan et al., CVPR 2020): towers of depthwise-separable convolutions."""
+"""The head of EfficientDet (Tan et al., CVPR 2020, arXiv:1911.09070): towers of depthwise-separable convolutions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bidirectional feature pyramid network (Tan et al., EfficientDet, CVPR 2020)."""
+"""Bidirectional feature pyramid network (Tan et al., EfficientDet, CVPR 2020, arXiv:1911.09070)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Feature pyramid network (Lin et al., CVPR 2017) with the extra levels of FCOS and RetinaNet, or of Faster R-CNN."""
+"""Feature pyramid network (Lin et al., CVPR 2017, arXiv:1612.03144).
+
+With the extra levels of FCOS and RetinaNet, or of Faster R-CNN.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The necks of YOLOv7, YOLOv7-X and YOLOv7-W6 (Wang et al., CVPR 2023): a top-down and a bottom-up pass."""
+"""The necks of YOLOv7, YOLOv7-X and YOLOv7-W6 (Wang et al., CVPR 2023, arXiv:2207.02696).
+
+A top-down and a bottom-up pass.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The ATSS predictor: one square anchor per position, with centerness; its losses and its decoding.
 
-Source: Zhang et al., CVPR 2020; conventions of mmdetection by default, those of the authors' code as arguments.
+Source: Zhang et al., CVPR 2020, arXiv:1912.02424; conventions of mmdetection by default, those of the authors' code as
+arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adaptive training sample selection (Zhang et al., ATSS, CVPR 2020, Algorithm 1)."""
+"""Adaptive training sample selection (Zhang et al., ATSS, CVPR 2020, arXiv:1912.02424, Algorithm 1)."""
 
 from __future__ import annotations
 

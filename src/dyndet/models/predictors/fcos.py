@@ -1,7 +1,8 @@
 """The FCOS predictor: classification, box distances and centerness per position; its losses and its decoding.
 
-Source: Tian et al., ICCV 2019. The defaults are the settings published with the fine-grained head (Song et al., 2020);
-`conf/predictor/fcos_mmdet.yaml` holds the "improved" ones of another common implementation.
+Source: Tian et al., ICCV 2019, arXiv:1904.01355. The defaults are the settings published with the fine-grained head
+(Song et al., arXiv:2012.03519); `conf/predictor/fcos_mmdet.yaml` holds the "improved" ones of another common
+implementation.
 Legend: B images, K classes, L levels, P points of all levels, N boxes.
 """
 
@@ -44,7 +45,7 @@ class FCOS(nn.Module):
             of all distances start without gradient; short schedules do better from a few strides.
         point_offset: where in its cell a point lies, in strides: 0 published, 0.5 elsewhere.
         assigner: which box a point answers for; None is centre sampling with radius 1.5.
-        box_loss: "giou", or "iou" for -log(IoU).
+        box_loss: "giou" (Rezatofighi et al., CVPR 2019, arXiv:1902.09630), or "iou" for -log(IoU).
         box_normaliser_min: floor of the summed centerness that divides the box loss (1 published, 1e-6 elsewhere).
         kernel: of the last convolutions.
         level_scales: box maps are multiplied by one learnable number per level (not in detectron2).

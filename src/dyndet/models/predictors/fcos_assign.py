@@ -1,7 +1,7 @@
 """Which ground truth each point of a pyramid answers for (FCOS).
 
-Source: Tian et al., FCOS, ICCV 2019, with centre sampling as in the published fine-grained settings and in the
-"improved" settings of common implementations, which agree on this part.
+Source: Tian et al., FCOS, ICCV 2019, arXiv:1904.01355, with centre sampling as in the published fine-grained settings
+and in the "improved" settings of common implementations, which agree on this part.
 """
 
 from __future__ import annotations

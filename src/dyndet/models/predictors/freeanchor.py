@@ -1,6 +1,6 @@
 """The FreeAnchor predictor: RetinaNet's network, trained without assigning anchors.
 
-Source: Zhang et al., NeurIPS 2019, in the conventions of mmdetection.
+Source: Zhang et al., NeurIPS 2019, arXiv:1909.02466, in the conventions of mmdetection.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The last convolution of YOLO predictors, with learned vectors around it (Wang et al., YOLOR, 2021)."""
+"""The last convolution of YOLO predictors, with learned vectors around it (Wang et al., YOLOR, arXiv:2105.04206)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Assignment by overlap (Lin et al., RetinaNet, ICCV 2017; Ren et al., Faster R-CNN)."""
+"""Assignment by overlap (RetinaNet, Lin et al., arXiv:1708.02002; Faster R-CNN, Ren et al., arXiv:1506.01497)."""
 
 from __future__ import annotations
 

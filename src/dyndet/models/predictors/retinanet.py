@@ -1,6 +1,7 @@
 """The RetinaNet predictor: nine anchors per position, focal loss, box deltas.
 
-Source: Lin et al., ICCV 2017; conventions of mmdetection by default, those of detectron2 and torchvision as arguments.
+Source: Lin et al., ICCV 2017, arXiv:1708.02002; conventions of mmdetection by default, those of detectron2 and
+torchvision as arguments.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Which predictions of a YOLO answer for which objects: neighbouring cells and fitting anchors, then the cheapest ones.
 
-Source: the assignment of YOLOv7 (Wang et al., CVPR 2023), a variant of SimOTA (Ge et al., YOLOX, 2021).
+Source: the assignment of YOLOv7 (Wang et al., CVPR 2023, arXiv:2207.02696), a variant of SimOTA (Ge et al., YOLOX,
+arXiv:2107.08430).
 Legend: B images, A anchors per position, K classes, N objects of the batch, G of an image, M matches or candidates.
 """
 

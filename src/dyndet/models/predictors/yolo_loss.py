@@ -1,4 +1,4 @@
-"""The losses of one level of a YOLO (Wang et al., YOLOv7, CVPR 2023), and how its numbers become boxes."""
+"""The losses of one level of a YOLO (YOLOv7, arXiv:2207.02696), and how its numbers become boxes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def decode_place(logits: Tensor, cell: Tensor, anchor: Tensor, stride: float) ->
 
 
 def complete_iou(centre: Tensor, size: Tensor, wanted_centre: Tensor, wanted_size: Tensor, eps: float = 1e-7) -> Tensor:
-    """(..., 2) centres and sizes, matched -> (...) CIoU (Zheng et al., AAAI 2020): at most 1, below 0 when far apart.
+    """(..., 2) centres and sizes, matched -> (...) CIoU (Zheng et al., AAAI 2020, arXiv:1911.08287).
+
+    It is at most 1, and below 0 when far apart.
 
     `eps` is added to heights, union, squared diagonal and what divides, as published; the weight of the aspect ratio
     gets no gradient.

@@ -1,6 +1,7 @@
 """The anchor-based YOLO predictor: boxes, objectness and classes from one 1x1 convolution per level.
 
-Source: Wang et al., YOLOv7, CVPR 2023; the detection losses of DynamicDet (Lin et al., CVPR 2023).
+Source: Wang et al., YOLOv7, CVPR 2023, arXiv:2207.02696; the detection losses of DynamicDet (Lin et al., CVPR 2023,
+arXiv:2304.05552).
 Legend: B images, L levels, A anchors per position, K classes, N objects.
 """
 

@@ -1,4 +1,7 @@
-"""Box heads in a row, each refining the boxes of the one before (Cai and Vasconcelos, Cascade R-CNN, CVPR 2018)."""
+"""Box heads in a row, each refining the boxes of the one before (Cascade R-CNN).
+
+Source: Cai and Vasconcelos, CVPR 2018, arXiv:1712.00726.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instance masks in the second stage (He et al., Mask R-CNN, ICCV 2017).
+"""Instance masks in the second stage (He et al., Mask R-CNN, ICCV 2017, arXiv:1703.06870).
 
 The layers are torchvision's. Geometry follows detectron2: regions and masks are sampled at pixel centres, where
 torchvision samples at corners when it crops, and rounds boxes outwards to whole pixels when it pastes.

@@ -1,4 +1,6 @@
-"""The second stage: what each proposal holds, and where exactly (Girshick, Fast R-CNN, ICCV 2015; Lin et al., FPN).
+"""The second stage: what each proposal holds, and where exactly (Fast R-CNN on an FPN).
+
+Source: Girshick, Fast R-CNN, ICCV 2015, arXiv:1504.08083; Lin et al., FPN, CVPR 2017, arXiv:1612.03144.
 
 Sampling and the selection of detections are torchvision's, and so is where it keeps background: logit 0, class c at
 logit c + 1 (detectron2 and mmdetection: last). Deltas exist for the K classes only. The other conventions are

@@ -1,4 +1,6 @@
-"""The region proposal network: boxes worth a second look (Ren et al., Faster R-CNN; Lin et al., FPN, CVPR 2017).
+"""The region proposal network: boxes worth a second look (Faster R-CNN on an FPN).
+
+Source: Ren et al., Faster R-CNN, NeurIPS 2015, arXiv:1506.01497; Lin et al., FPN, CVPR 2017, arXiv:1612.03144.
 
 Matching, sampling and the selection of proposals are torchvision's. The conventions are detectron2's: exact anchors,
 L1, and losses divided by the number of anchors that were asked for.
