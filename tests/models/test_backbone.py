@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hydra.utils import instantiate
 from timm.layers import DropPath  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from dyndet.cli.compose import compose_command
 from dyndet.errors import UserError
 from dyndet.models.backbones.deformable import DeformConv, deform_stages
 from dyndet.models.backbones.timm import TimmBackbone
@@ -28,7 +30,7 @@ def test_any_timm_model_gives_the_wanted_strides(name: str) -> None:
 
 
 def test_frozen_parts_stay_frozen_in_training() -> None:
-    backbone = TimmBackbone("test_resnet", frozen_stages=2, norm="frozen").train()
+    backbone = TimmBackbone("test_resnet", frozen_stages=1, norm="frozen").train()
     layers: dict[str, Any] = dict(backbone.body.named_modules())
     norms: list[Any] = [layer for layer in layers.values() if isinstance(layer, nn.BatchNorm2d)]
     assert norms and not any(layer.training for layer in norms)
@@ -48,7 +50,7 @@ def test_norm_choices() -> None:
 
 
 def test_stages_of_an_efficientnet_freeze_one_by_one() -> None:
-    backbone = TimmBackbone("test_efficientnet", frozen_stages=2)
+    backbone = TimmBackbone("test_efficientnet", frozen_stages=1)
     blocks = backbone.body.blocks
     assert not any(p.requires_grad for p in blocks[0].parameters())  # type: ignore[union-attr,index]
     assert any(p.requires_grad for p in blocks[1].parameters())  # type: ignore[union-attr,index]
@@ -200,10 +202,11 @@ def test_sizes_that_fill_no_patch_are_padded() -> None:
 @pytest.mark.parametrize(
     ("name", "stages", "frozen", "first"),
     [
-        (SWIN, 1, {"patch_embed"}, "layers_0"),
-        (SWIN, 3, {"patch_embed", "layers_0", "layers_1"}, "layers_2"),
-        ("test_convnext", 1, {"stem_0", "stem_1"}, "stages_0"),
-        ("test_convnext", 2, {"stem_0", "stem_1", "stages_0"}, "stages_1"),
+        (SWIN, -1, set(), "patch_embed"),
+        (SWIN, 0, {"patch_embed"}, "layers_0"),
+        (SWIN, 2, {"patch_embed", "layers_0", "layers_1"}, "layers_2"),
+        ("test_convnext", 0, {"stem_0", "stem_1"}, "stages_0"),
+        ("test_convnext", 1, {"stem_0", "stem_1", "stages_0"}, "stages_1"),
     ],
 )
 def test_stages_without_batch_norm_freeze(name: str, stages: int, frozen: set[str], first: str) -> None:
@@ -213,6 +216,50 @@ def test_stages_without_batch_norm_freeze(name: str, stages: int, frozen: set[st
     held = {key for key, part in parts.items() if not any(p.requires_grad for p in part.parameters())}
     assert held == frozen and not any(parts[key].training for key in frozen)
     assert all(p.requires_grad for p in parts[first].parameters()) and parts[first].training
+
+
+@pytest.mark.parametrize(
+    ("choice", "frozen"),
+    [
+        ("backbone=resnet50", {"conv1", "bn1", "layer1"}),  # detectron2's FREEZE_AT=2
+        ("backbone=resnet101_caffe", {"conv1", "bn1", "layer1"}),
+        ("backbone=resnext101_64x4d", {"conv1", "bn1", "layer1"}),
+        ("backbone=swin_tiny", set()),
+        ("backbone=efficientnet_b1", set()),
+        ("+experiment=dyhead_atss_r50_official", set()),
+        ("+experiment=dyhead_faster_rcnn_r50", set()),
+        ("+experiment=mask_rcnn_r50", {"conv1", "bn1", "layer1"}),
+    ],
+)
+def test_published_settings_freeze_what_they_froze_there(choice: str, frozen: set[str]) -> None:
+    """Beside the norms."""
+    config = compose_command("train", [choice]).backbone
+    with torch.device("meta"):
+        body = instantiate(config, weights="none", norm="train").body
+    parts = dict(body.named_children())
+    held = {key for key, part in parts.items() if any(not p.requires_grad for p in part.parameters())}
+    assert held == frozen and not any(p.requires_grad for key in held for p in parts[key].parameters())
+
+
+@pytest.mark.parametrize(("name", "stages", "most"), [("test_resnet", 5, 4), ("test_resnet", -2, 4), (SWIN, 9, 4)])
+def test_there_are_only_so_many_stages_to_freeze(name: str, stages: int, most: int) -> None:
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=rf"frozen_stages={stages}: .* has {most} stages") as refused,
+    ):
+        TimmBackbone(name, frozen_stages=stages)
+    assert "\n" not in str(refused.value)
+    with torch.device("meta"):
+        everything = TimmBackbone(name, frozen_stages=most)
+    assert not any(p.requires_grad for p in everything.parameters())
+
+
+def test_stages_are_counted_up_to_the_coarsest_map() -> None:
+    """layer1 alone, of which no part is a stage."""
+    body = TimmBackbone("test_resnet", strides=(4,), frozen_stages=1).body
+    assert not any(p.requires_grad for p in body.parameters())
+    with pytest.raises(UserError, match="has 1 stages"):
+        TimmBackbone("test_resnet", strides=(4,), frozen_stages=2)
 
 
 def test_stochastic_depth_where_the_model_has_it() -> None:
@@ -250,7 +297,7 @@ def test_deformable_stages_train_load_and_run_in_half_precision(tmp_path: Path) 
     full = timm.create_model("test_resnet", num_classes=7)
     torch.save(full.state_dict(), tmp_path / "imagenet.pth")
     backbone = TimmBackbone(
-        "test_resnet", deformable_stages=(3, 5), frozen_stages=2, weights=tmp_path / "imagenet.pth"
+        "test_resnet", deformable_stages=(3, 5), frozen_stages=1, weights=tmp_path / "imagenet.pth"
     ).train()
     names = {name.split(".")[0] for name, layer in backbone.body.named_modules() if isinstance(layer, DeformConv)}
     assert names == {"layer2", "layer4"}

@@ -96,7 +96,7 @@ def test_one_branch_is_executed_and_closed_like_two() -> None:
 @pytest.mark.parametrize("head", ["plain_small", "fine_grained_small", "dyhead_towers_small", "separable_small"])
 def test_what_is_not_read_costs_nothing(head: str) -> None:
     """Both branches are alike, so the towers of a predictor that reads one cost half."""
-    choice = [f"head={head}", "neck.channels=16", "backbone.frozen_stages=0"]
+    choice = [f"head={head}", "neck.channels=16", "backbone.frozen_stages=-1"]
 
     def tower_cost(*more: str) -> tuple[int, int]:
         detector = build_detector(None, [*choice, *more])

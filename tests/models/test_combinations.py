@@ -51,7 +51,7 @@ def test_it_learns_and_detects(row: tuple[str, str, str, str]) -> None:
     small = [
         "neck.channels=16",
         "backbone.weights=none",
-        "backbone.frozen_stages=4",
+        "backbone.frozen_stages=3",
         "predictor.postprocess.score_threshold=0.0",
     ]
     width = {

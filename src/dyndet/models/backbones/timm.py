@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dyndet.errors import UserError, reason
 from dyndet.models.backbones.deformable import deform_stages
+from dyndet.models.backbones.freeze import freeze
 from dyndet.models.backbones.stages import Stage, drop_modules, timm_stages
 from dyndet.models.backbones.swin import ANY_SIZE, is_swin, pad_windows
 from dyndet.models.backbones.weights import load_backbone_weights
@@ -37,8 +38,7 @@ class TimmBackbone(nn.Module):
         strides: which maps to return.
         weights: "none" (random), "timm" (timm's pretrained weights, downloaded or from its cache) or a local file
             (.pth or .safetensors, in timm's naming or that of the EfficientNet-Lite reference).
-        frozen_stages: how many leading stages do not train (1: the stem, 2: stem and first stage, 0: everything
-            trains).
+        frozen_stages: what does not train: -1 nothing, 0 the stem, 1 stem and first stage and so on, see `freeze`.
         norm: batch norm layers: "train" as usual; "eval" keeps the running statistics and trains scale and shift;
             "frozen" keeps both.
         stride_in_1x1: move a bottleneck's stride from the 3x3 to the first 1x1 convolution (the MSRA/Caffe ResNets).
@@ -58,7 +58,7 @@ class TimmBackbone(nn.Module):
         *,
         strides: Sequence[int] = (8, 16, 32),
         weights: str | Path = "none",
-        frozen_stages: int = 0,
+        frozen_stages: int = -1,
         norm: Literal["train", "eval", "frozen"] = "frozen",
         stride_in_1x1: bool = False,
         deformable_stages: Sequence[int] = (),
@@ -91,9 +91,7 @@ class TimmBackbone(nn.Module):
         deform_stages(self.body, deformable_stages)
         if str(weights) not in ("none", "timm"):
             load_backbone_weights(self.body, Path(weights))
-        self.frozen = _leading_modules(self.body, frozen_stages)
-        for module in self.frozen:
-            module.requires_grad_(False)
+        self.frozen = freeze(self.body, frozen_stages)
         if norm == "frozen":
             for layer in self._norms():
                 layer.requires_grad_(False)
@@ -274,16 +272,3 @@ def _move_strides(body: nn.Module) -> None:
             moved += 1
     if not moved:
         raise UserError("backbone.stride_in_1x1 needs a ResNet with bottleneck blocks")
-
-
-def _leading_modules(body: nn.Module, stages: int) -> list[nn.Module]:
-    """The children up to and including the given number of stages; a stage ends where resolution drops."""
-    if stages == 0:
-        return []
-    children = list(body.named_children())
-    starts = [i for i, (name, _) in enumerate(children) if name.startswith(("layer", "stages", "blocks"))]
-    if len(starts) == 1:  # EfficientNet keeps its stages in one container
-        container = children[starts[0]][1]
-        return [module for _, module in children[: starts[0]]] + list(container.children())[: stages - 1]
-    stem = starts[0] if starts else 1
-    return [module for _, module in children[: stem + stages - 1]]
