@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dyndet.cli.compose import compose_command
 from dyndet.models.necks.bifpn import BiFPN, Fusion
 from dyndet.models.necks.fpn import FPN
+from dyndet.models.necks.simple_pyramid import SimplePyramid
 from dyndet.ops.flops import GIGA, mac_counter
 
 RESNET, SWIN_TINY, SWIN_LARGE = (512, 1024, 2048), (192, 384, 768), (384, 768, 1536)
@@ -165,3 +166,75 @@ def test_how_maps_are_weighted() -> None:
 def test_bifpn_refuses_strides_that_do_not_fit(strides: list[int], levels: int) -> None:
     with pytest.raises(ValueError, match=r"neck\.num_levels"):
         BiFPN([4] * len(strides), strides, num_levels=levels)
+
+
+def test_the_simple_pyramid_is_that_of_the_paper() -> None:
+    """Every level written out of torch's functions, from a map of odd sides."""
+    torch.manual_seed(0)
+    neck = SimplePyramid([8], [16], channels=4).double()
+    for parameter in neck.parameters():
+        nn.init.normal_(parameter)
+    assert neck.strides == [4, 8, 16, 32, 64] and neck.channels == 4
+    x = torch.randn(2, 8, 5, 3).double()
+
+    def norm(x: Tensor, layer: Any) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        return scaled * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    def wide(x: Tensor, layer: Any) -> Tensor:
+        """Every position to 2x2 of its own."""
+        return torch.einsum("bihw,iokl->bohkwl", x, layer.weight).flatten(2, 3).flatten(3) + layer.bias[:, None, None]
+
+    p4, p8, p16, p32 = neck.levels
+    first, between, gelu, second, *_ = p4  # type: ignore[misc]
+    finer = wide(gelu(norm(wide(x, first), between)), second)
+    sides = nn.functional.pad(x, (0, 1, 0, 1), value=-torch.inf)
+    coarser = sides.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
+    outputs = neck([x])
+    pairs = zip([p4, p8, p16, p32], [finer, wide(x, p8[0]), x, coarser], outputs, strict=False)  # type: ignore[index]
+    for level, y, output in pairs:
+        layers: Any = list(level.children())[-4:]
+        point, inner, cross, outer = layers
+        y = norm(torch.einsum("bihw,oi->bohw", y, point.weight[..., 0, 0]), inner)
+        wanted = norm(nn.functional.conv2d(y, cross.weight, padding=1), outer)
+        assert torch.allclose(output, wanted, atol=1e-10)
+    assert torch.equal(outputs[4], outputs[3][:, :, ::2, ::2])
+    assert [x.shape[-2:] for x in outputs] == [(20, 12), (10, 6), (5, 3), (3, 2), (2, 1)]
+
+
+@pytest.mark.parametrize(("config", "fine"), [("simple_pyramid", [8]), ("simple_pyramid_p2", [4, 8])])
+def test_parameters_of_the_simple_pyramid(config: str, fine: list[int]) -> None:
+    """Of ViT-B: d channels to c by 1x1 and 3x3 without biases, and two norms; d * d / 2 * 4 weights to double a map."""
+    d, c = 768, 256
+    neck = instantiate(compose_command("train", [f"neck={config}"]).neck)([d], [16])
+    counted = sum(width * c + 9 * c * c + 4 * c for width in (d, d))
+    counted += d // 2 * c + 9 * c * c + 4 * c + 2 * d * d + d // 2
+    if 4 in fine:
+        counted += d // 4 * c + 9 * c * c + 4 * c + 2 * d * d + d // 2 + 2 * (d // 2) + d * d // 2 + d // 4
+    assert sum(p.numel() for p in neck.parameters()) == counted
+    assert neck.strides == [*fine, 16, 32, 64, 128][: len(neck.strides)] and neck.strides[-1] == (
+        64 if 4 in fine else 128
+    )
+
+
+def test_the_simple_pyramid_keeps_half_precision() -> None:
+    neck = SimplePyramid([8], [16], channels=4, extra_levels=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = neck([torch.randn(1, 8, 4, 4)])
+    assert all(x.dtype == torch.bfloat16 for x in outputs)
+
+
+@pytest.mark.parametrize(
+    ("in_strides", "strides", "message"),
+    [
+        ([8, 16], [8, 16], "reads one map, the backbone gives 2"),
+        ([16], [4, 16], "must double"),
+        ([14], [4, 8, 16], r"set neck.strides=\[7, 14, 28\]"),
+    ],
+)
+def test_the_simple_pyramid_refuses_strides_that_do_not_fit(
+    in_strides: list[int], strides: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SimplePyramid([8] * len(in_strides), in_strides, strides=strides)

@@ -52,6 +52,7 @@ CONSTRUCTORS = frozenset(
         "dyndet.models.heads.separable.SeparableHead",
         "dyndet.models.necks.bifpn.BiFPN",
         "dyndet.models.necks.fpn.FPN",
+        "dyndet.models.necks.simple_pyramid.SimplePyramid",
         "dyndet.models.predictors.anchors.AnchorGrid",
         "dyndet.models.predictors.anchors.AnchorGrid.octaves",
         "dyndet.models.predictors.anchors.BoxCoder",

@@ -72,15 +72,17 @@ def timm_stages(body: Any) -> list[list[tuple[str, nn.Module]]]:
     Raises:
         UserError: if its modules do not follow one another.
     """
-    if isinstance(body, nn.ModuleDict):
+    wrapped: Any = getattr(body, "model", None)  # ViTs, of which timm gives no parts
+    blocks = getattr(body, "blocks", None)
+    if isinstance(body, nn.ModuleDict) and wrapped is None:
         items = list(body.items())
-    elif isinstance(getattr(body, "blocks", None), nn.Sequential):  # EfficientNet, MobileNet
+    elif isinstance(blocks, nn.Sequential):  # EfficientNet, MobileNet
         items = [(name, layer) for name, layer in body.named_children() if name != "blocks"]
-        items += [(f"blocks.{index}", block) for index, block in enumerate(body.blocks)]
+        items += [(f"blocks.{index}", block) for index, block in enumerate(blocks)]
     else:
         raise UserError(
-            f"backbone {type(body).__name__} cannot be run stage by stage, as a cascade needs it: choose one such as "
-            "resnet50, swin_tiny_patch4_window7_224 or efficientnet_b1"
+            f"backbone {type(wrapped or body).__name__} cannot be run stage by stage, as a cascade needs it: choose "
+            "one such as resnet50, swin_tiny_patch4_window7_224 or efficientnet_b1"
         )
     infos = cast(Any, body.feature_info).info  # of timm
     ends = {name for info in infos for name in (info["module"], info["module"].replace(".", "_"))}

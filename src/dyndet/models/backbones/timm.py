@@ -27,6 +27,9 @@ from dyndet.structures import Size
 class TimmBackbone(nn.Module):
     """Feature maps of a timm model at the wanted strides.
 
+    A plain ViT has one map, that of its last block without the final norm, at the stride of its patches. Images that
+    fill no whole number of patches are padded; its position embedding is resampled to theirs.
+
     Attributes:
         channels: C of every map, finest first.
         strides: pixels per position of every map.
@@ -71,19 +74,22 @@ class TimmBackbone(nn.Module):
         if ":" in name:  # a scheme of timm's: a hub, a folder
             raise UserError(f"backbone.name={name} is no model of timm: give its name, and backbone.weights=FILE")
         shell, options = _shell(name, drop_path)
+        taps: list[int] = list(shell.feature_info.out_indices)
         available: list[int] = list(shell.feature_info.reduction())
         missing = [stride for stride in strides if stride not in available]
         if missing:
-            raise UserError(f"backbone {name} has strides {available}, not {missing}: set backbone.strides")
+            one = f"={available[-1:]} and neck=simple_pyramid" if len(set(available)) == 1 else ""
+            found = sorted(set(available))
+            raise UserError(f"backbone {name} has strides {found}, not {missing}: set backbone.strides{one}")
         last = {stride: index for index, stride in enumerate(available)}  # the deepest of several
-        indices = tuple(last[stride] for stride in strides)
+        indices = tuple(taps[last[stride]] for stride in strides)
         self.body = _create(name, out_indices=indices, pretrained=str(weights) == "timm", **options)
         info: Any = self.body.feature_info
         self.channels: list[int] = list(info.channels())
         self.strides: list[int] = list(strides)
         self.channels_last = "NHWC" in str(getattr(self.body, "output_fmt", ""))  # Swin
         self.norm = norm
-        self.divisor = _divisor(name, shell, [(index, available[index]) for index in indices])
+        self.divisor = _divisor(name, shell, [(last[stride], stride) for stride in strides])
         if is_swin(self.body):
             pad_windows(self.body)
         if stride_in_1x1:
@@ -228,7 +234,15 @@ def _shell(name: str, drop_path: float) -> tuple[Any, dict[str, Any]]:
                 raise UserError(f"backbone {name} has no stochastic depth: set backbone.drop_path=0") from error
             options = {}
             shell = _create(name, pretrained=False)
+        if _is_vit(shell):
+            options |= {"dynamic_img_size": True}
+            shell = _create(name, pretrained=False, **options)
     return shell, options | (ANY_SIZE if is_swin(shell) else {})
+
+
+def _is_vit(body: nn.Module) -> bool:
+    """Whether it is one of timm's ViTs that can resample their position embedding to the image."""
+    return hasattr(getattr(body, "model", None), "dynamic_img_size")
 
 
 def _divisor(name: str, shell: nn.Module, taken: Sequence[tuple[int, int]]) -> int:
