@@ -17,7 +17,7 @@ from dyndet.cli.arguments import check_arguments
 from dyndet.cli.compose import build, compose_experiment
 from dyndet.cli.device import device_of
 from dyndet.errors import UserError
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -35,7 +35,7 @@ def test_experiment_builds(experiment: str) -> None:
     check_stored(config, source="its checkpoint")  # which needs no trust
     with torch.device("meta"):
         detector = build_detector(experiment)
-    parts = [detector.first, detector.second] if isinstance(detector, CascadeDetector) else [detector]
+    parts = [detector.first, detector.second] if isinstance(detector, DynamicDetector) else [detector]
     assert all(part.predictor.num_classes == config.data.num_classes for part in parts)
 
 

@@ -28,7 +28,7 @@ from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.models.detectors.base import Detector
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
@@ -54,7 +54,7 @@ def calibrate(config: DictConfig) -> Calibration:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     single = data.single_images(config.latency_images)
-    if isinstance(detector, CascadeDetector):
+    if isinstance(detector, DynamicDetector):
         calibration = _cascade(detector, data, single, folder)
     else:
         calibration = _gates(detector, data, single, config.thresholds)
@@ -64,7 +64,7 @@ def calibrate(config: DictConfig) -> Calibration:
 
 
 def _cascade(
-    detector: CascadeDetector, data: DetectionDataModule, single: Sequence[ImageBatch], folder: Path
+    detector: DynamicDetector, data: DetectionDataModule, single: Sequence[ImageBatch], folder: Path
 ) -> Calibration:
     if detector.router is None:
         raise UserError("this cascade has no router yet: train one with +router=exact init=CHECKPOINT")

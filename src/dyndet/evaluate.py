@@ -27,7 +27,7 @@ from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.compute import ComputeReport
 from dyndet.metrics.export import write_results
 from dyndet.models.detectors.base import Detector
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
@@ -80,7 +80,7 @@ def _latency(detector: Detector, data: DetectionDataModule, count: int) -> dict[
     """Prints how long single images take, a cascade's between those of its two routes; returns it as metrics."""
     images = data.single_images(count)
     settings: dict[str, Callable[[], None]] = {"now": lambda: None}
-    if isinstance(detector, CascadeDetector) and detector.router is not None:
+    if isinstance(detector, DynamicDetector) and detector.router is not None:
         settings = cascade_settings(detector)
     times = time_detections(detector.eval(), images, settings)
     settings["now"]()

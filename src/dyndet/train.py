@@ -22,7 +22,7 @@ from dyndet.lightning.finish import closing, finish
 from dyndet.lightning.joint import JointModule
 from dyndet.lightning.step2 import router_parts
 from dyndet.models.detectors.base import Detector
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.report.summary import print_summary
 
 
@@ -40,7 +40,7 @@ def train(config: DictConfig) -> dict[str, float]:
         detector: Detector = build(config.detector)
         if config.init is not None and checkpoint is None:
             rank_zero_info(start_from(detector, str(config.init), config))
-        kind = JointModule if isinstance(detector, CascadeDetector) else DetectionModule
+        kind = JointModule if isinstance(detector, DynamicDetector) else DetectionModule
         module = kind(
             detector,
             categories=data.categories,
@@ -53,7 +53,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.channels_last:
         nn.Module.to(module, memory_format=torch.channels_last)
     if config.compile:
-        if isinstance(module.detector, CascadeDetector):
+        if isinstance(module.detector, DynamicDetector):
             raise UserError("compile=true: a cascade runs its backbones stage by stage; leave it false")
         for name in ("backbone", "neck"):  # static graphs; the head routes
             module.detector.get_submodule(name).compile()

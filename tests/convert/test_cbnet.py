@@ -17,7 +17,7 @@ from dyndet.cli.compose import build, compose_experiment
 from dyndet.convert import Converted, read_release, save_release
 from dyndet.errors import UserError
 from dyndet.lightning.step2 import load_detectors
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.structures import ImageBatch
 
 WIDTHS = (64, 256, 512, 1024, 2048)
@@ -44,9 +44,9 @@ def converted(folder: Path, weights: dict[str, Tensor]) -> Converted:
     return read_release(folder / "release.pth")
 
 
-def detector_of(release: Converted) -> CascadeDetector:
+def detector_of(release: Converted) -> DynamicDetector:
     detector = build(release.config.detector)
-    assert isinstance(detector, CascadeDetector)
+    assert isinstance(detector, DynamicDetector)
     detector.load_state_dict(release.state_dict, strict=True)
     return detector.eval()
 

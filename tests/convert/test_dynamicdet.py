@@ -25,7 +25,7 @@ from dyndet.convert.recipe import FILLS, Recipe
 from dyndet.convert.source import Source, read_source
 from dyndet.errors import UserError
 from dyndet.models.backbones.yolov7_blocks import scaled
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -168,11 +168,11 @@ def small(model: str) -> tuple[dict[str, Tensor], Converted]:
     return weights, replace(whole, config=config, state_dict=state, report=report)
 
 
-def loaded(model: str) -> CascadeDetector:
+def loaded(model: str) -> DynamicDetector:
     result = small(model)[1]
     detector = build(result.config.detector)
     detector.load_state_dict(result.state_dict, strict=True)
-    assert isinstance(detector, CascadeDetector)
+    assert isinstance(detector, DynamicDetector)
     return detector.double().eval()
 
 
@@ -209,7 +209,7 @@ def test_networks_compute_the_same(model: str) -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     result = small("yolov7w6")[1]
     detector = load_detector(save_release(result, tmp_path / "converted.ckpt"))
-    assert isinstance(detector, CascadeDetector) and detector.router is not None
+    assert isinstance(detector, DynamicDetector) and detector.router is not None
     again = detector.state_dict()
     assert again.keys() == result.state_dict.keys()
     assert all(torch.equal(again[name], value) for name, value in result.state_dict.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,6 @@ class Shifted(Detector):
 
     def raw_outputs(self, images: Images) -> RawMaps:
         raise NotImplementedError
-
-    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        return iter(())
 
 
 def test_validation_logs_what_pycocotools_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from dyndet.evaluate import evaluate
 from dyndet.lightning import lessons
 from dyndet.lightning.lessons import collect
 from dyndet.lightning.router_module import RouterModule, learn
-from dyndet.models.detectors.dynamic import CascadeDetector, Seen
+from dyndet.models.detectors.dynamic import DynamicDetector, Seen
 from dyndet.models.dynamicdet.offset import Constant, RunningMedian
 from dyndet.predict import predict
 from dyndet.speeds import timing
@@ -85,7 +85,7 @@ def test_step_2_moves_the_router_alone(init: Path, routed: Path) -> None:
     before, after = read_checkpoint(init).weights, weights(routed)
     assert {name for name in after if name not in before} == {name for name in after if name.startswith("router.")}
     assert all(torch.equal(before[name], after[name]) for name in before)  # running statistics, too
-    fresh: CascadeDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
+    fresh: DynamicDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
     assert fresh.router is not None
     assert not torch.equal(after["router.hidden.weight"], fresh.router.hidden.weight)
 
@@ -102,7 +102,7 @@ def test_kept_lessons_are_what_the_detectors_say(init: Path, tmp_path: Path) -> 
     """Every image's losses are its own, however the loader batches them."""
     keys = [*TINY, "+router=exact", f"init={init}", "data.module.train_transform=[]"]
     config = compose_experiment("shapes_dy_tiny", keys)
-    detector: CascadeDetector = build(config.detector)
+    detector: DynamicDetector = build(config.detector)
     detector.load_state_dict(read_checkpoint(init).weights, strict=False)
     data = build(config.data.module)
     data.setup("fit")
@@ -130,7 +130,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(lessons, "CHUNK", 2)
     config = compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", f"init={init}"])
-    detector: CascadeDetector = build(config.detector)
+    detector: DynamicDetector = build(config.detector)
 
     def keep(folder: Path) -> lessons.Lesson:
         data = build(config.data.module)
@@ -181,7 +181,7 @@ def test_the_online_way_learns_from_images(init: Path, tmp_path: Path) -> None:
 
 
 def test_only_the_router_is_in_training(init: Path) -> None:
-    detector: CascadeDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
+    detector: DynamicDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
     module = RouterModule(detector, offset=Constant(0.0), categories=read_checkpoint(init).categories)
     assert [part for part in detector.modules() if part.training] == [detector.preprocess]  # it places images
     assert {name.split(".")[0] for name, p in detector.named_parameters() if p.requires_grad} == {"router"}
@@ -189,7 +189,7 @@ def test_only_the_router_is_in_training(init: Path) -> None:
 
 
 def test_the_running_median_is_of_all_processes(init: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    detector: CascadeDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
+    detector: DynamicDetector = build(compose_experiment("shapes_dy_tiny", [*TINY, "+router=exact", "init=x"]).detector)
     offset = RunningMedian()
     module = RouterModule(detector, offset=offset, categories=read_checkpoint(init).categories)
     monkeypatch.setattr("dyndet.lightning.router_module.gathered", lambda mine: [*mine, 7.0, 9.0, 8.0])
@@ -231,7 +231,7 @@ def test_calibration_travels_with_the_checkpoint(calibrated: tuple[Path, Calibra
     assert easy.latency_ms and hard.latency_ms and easy.macs < hard.macs
     assert len(calibration.easiness) == calibration.images == 10
     detector = dyndet.load_detector(file)
-    assert isinstance(detector, CascadeDetector)
+    assert isinstance(detector, DynamicDetector)
     ends = [Point(0.0, 1e9, 10.0), Point(0.0, 2e9, 20.0)]  # a busy machine may find the hard route faster
     set_speed(detector, "latency_ms:15", replace(calibration, points=ends))
     assert sum(value < detector.threshold for value in calibration.easiness) == 5
@@ -253,9 +253,9 @@ def test_evaluate_times_a_speed_and_both_ends(
 ) -> None:
     """With a clock that counts the second detector's work."""
     work = [0.0]
-    wide = CascadeDetector._hard_maps
+    wide = DynamicDetector._hard_maps
 
-    def hard_maps(self: CascadeDetector, seen: Seen) -> list[Tensor]:
+    def hard_maps(self: DynamicDetector, seen: Seen) -> list[Tensor]:
         work[0] += 0.25
         return wide(self, seen)
 
@@ -263,7 +263,7 @@ def test_evaluate_times_a_speed_and_both_ends(
         work[0] += 0.5
         return work[0]
 
-    monkeypatch.setattr(CascadeDetector, "_hard_maps", hard_maps)
+    monkeypatch.setattr(DynamicDetector, "_hard_maps", hard_maps)
     monkeypatch.setattr(timing.time, "perf_counter", clock)
     keys = [f"ckpt={calibrated[0]}", f"output_dir={tmp_path}", "trainer.accelerator=cpu", "speed=hard_fraction:0.3"]
     metrics = evaluate(compose_command("evaluate", [*keys, "latency=10"]))

@@ -24,7 +24,7 @@ from dyndet.data.shapes import ShapesDataset
 from dyndet.evaluate import evaluate
 from dyndet.lightning.lessons import LessonDataModule, Lessons
 from dyndet.lightning.router_module import Lesson
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.predict import predict
 from dyndet.train import train
 
@@ -35,10 +35,10 @@ def composed(experiment: str, *overrides: str) -> DictConfig:
     return compose_experiment(experiment, [*SMALL, *overrides])
 
 
-def cascade(config: DictConfig) -> CascadeDetector:
+def cascade(config: DictConfig) -> DynamicDetector:
     torch.manual_seed(0)
     detector = build(config.detector).eval()
-    assert isinstance(detector, CascadeDetector)
+    assert isinstance(detector, DynamicDetector)
     return detector
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dyndet.api import build_detector
 from dyndet.metrics.static import StaticCosts
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.speeds.splits import BothWays, go_both_ways, quantile, spearman
 from dyndet.structures import Batch, Category, Detections, ImageBatch, Target
 
@@ -60,8 +60,8 @@ def test_a_perfect_router_needs_only_the_images_that_the_first_detector_misses()
 
 
 def test_masks_are_not_kept() -> None:
-    detector = build_detector("shapes_mask_rcnn", ["detector=cascade_two_stage", "+router=exact", "init=x"]).eval()
-    assert isinstance(detector, CascadeDetector)
+    detector = build_detector("shapes_mask_rcnn", ["detector=dynamic_two_stage", "+router=exact", "init=x"]).eval()
+    assert isinstance(detector, DynamicDetector)
     target = Target(
         torch.tensor([[10.0, 10, 50, 50]]), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool),
         masks=torch.ones(1, 64, 64, dtype=torch.bool), original_size=(64, 64),

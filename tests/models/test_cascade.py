@@ -18,7 +18,7 @@ from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.models.backbones.stages import run_stages
 from dyndet.models.backbones.timm import TimmBackbone
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.dynamicdet.links import CompositeLinks, NormLink, RandomLink, ResidualLink, run_linked
 from dyndet.models.dynamicdet.router import Router
 from dyndet.routing import Routes
@@ -27,11 +27,11 @@ from dyndet.structures import Detections, ImageBatch
 ROUTER = "+router=exact"
 
 
-def build(experiment: str = "shapes_dy_tiny", *overrides: str) -> CascadeDetector:
+def build(experiment: str = "shapes_dy_tiny", *overrides: str) -> DynamicDetector:
     """A cascade with a router that tells images apart."""
     torch.manual_seed(0)
     detector = build_detector(experiment, [ROUTER, *overrides])
-    assert isinstance(detector, CascadeDetector) and detector.router is not None
+    assert isinstance(detector, DynamicDetector) and detector.router is not None
     for name, parameter in detector.named_parameters():  # louder than at the start, so that there is something to find
         if "predictor" in name and name.endswith("bias"):
             nn.init.constant_(parameter, 0.0)
@@ -45,7 +45,7 @@ def some_images(sizes: list[tuple[int, int]]) -> ImageBatch:
     return ImageBatch.of(images, 32)
 
 
-def split_evenly(detector: CascadeDetector, images: ImageBatch) -> Tensor:
+def split_evenly(detector: DynamicDetector, images: ImageBatch) -> Tensor:
     """Puts the threshold at the median score; the easiness of every image."""
     easiness = detector.detect_by(images)[1].easiness
     assert easiness is not None
@@ -56,7 +56,7 @@ def split_evenly(detector: CascadeDetector, images: ImageBatch) -> Tensor:
 
 
 @contextmanager
-def calls_of(detector: CascadeDetector) -> Iterator[set[str]]:
+def calls_of(detector: DynamicDetector) -> Iterator[set[str]]:
     """Collects the names of all submodules that run."""
     seen: set[str] = set()
     hooks = [
@@ -78,7 +78,7 @@ EXPERIMENTS = {
     "fcos": ("shapes_dy_tiny",),
     "fine_grained": ("shapes_dy_tiny", "head=fine_grained_small"),
     "yolo": ("shapes_dy_yolo",),
-    "two_stage": ("shapes_faster_rcnn", "detector=cascade_two_stage"),
+    "two_stage": ("shapes_faster_rcnn", "detector=dynamic_two_stage"),
     "shared": ("shapes_dy_tiny", "detector.share_neck_head=true", "detector.shared_stages=1", "detector.first_link=2"),
     "norm": ("shapes_dy_tiny", "detector.link._target_=dyndet.models.dynamicdet.links.NormLink"),
 }
@@ -144,7 +144,7 @@ def test_both_ends_are_exact_whatever_the_router_says() -> None:
 
 def test_without_a_router_every_image_is_hard() -> None:
     detector = build_detector("shapes_dy_tiny")
-    assert isinstance(detector, CascadeDetector) and detector.router is None
+    assert isinstance(detector, DynamicDetector) and detector.router is None
     _, routes = detector.detect_with_routing(some_images([(64, 64)] * 2))
     assert routes.hard.all() and routes.easiness is None
 

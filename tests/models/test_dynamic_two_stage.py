@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dyndet.api import build_detector
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.dynamicdet.links import NormLink, ResidualLink
 from dyndet.ops.flops import MacCounter
 
@@ -17,10 +17,10 @@ R50, SWIN = "dy_faster_rcnn_r50", "dy_mask_rcnn_swint"
 
 
 @cache
-def cascade(experiment: str) -> CascadeDetector:
+def cascade(experiment: str) -> DynamicDetector:
     with torch.device("meta"):
         detector = build_detector(experiment, ["+router=exact"])
-    assert isinstance(detector, CascadeDetector)
+    assert isinstance(detector, DynamicDetector)
     return detector
 
 
@@ -79,7 +79,7 @@ def test_one_neck_and_head_for_both() -> None:
     with torch.device("meta"):
         shared = build_detector(R50, ["detector.share_neck_head=true"])
     apart = cascade(R50)
-    assert isinstance(shared, CascadeDetector)
+    assert isinstance(shared, DynamicDetector)
     assert shared.first.neck is shared.second.neck and shared.first.rpn is shared.second.rpn  # type: ignore[attr-defined]
     neck_and_head = sum(
         p.numel()

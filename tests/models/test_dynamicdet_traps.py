@@ -61,7 +61,7 @@ from yolo_oracles import ANCHORS, STRIDES, random_preds
 from dyndet.api import build_detector
 from dyndet.cli.compose import compose_experiment
 from dyndet.metrics.static import StaticCosts
-from dyndet.models.detectors.dynamic import CascadeDetector, Route
+from dyndet.models.detectors.dynamic import DynamicDetector, Route
 from dyndet.models.dynamicdet.offset import RunningMedian
 from dyndet.models.predictors.yolo_predictor import YoloPredictor
 from dyndet.ops.flops import MacCounter
@@ -82,11 +82,11 @@ def test_the_table_is_true() -> None:
         assert name in tests, f"{file} has no {name}"
 
 
-def cascade(experiment: str, *overrides: str, scale: float = 1.0, bias: float = 0.0) -> CascadeDetector:
+def cascade(experiment: str, *overrides: str, scale: float = 1.0, bias: float = 0.0) -> DynamicDetector:
     """A cascade whose logits differ by `scale` times what they do at the start, around `bias`."""
     torch.manual_seed(0)
     detector = build_detector(experiment, [ROUTER, *overrides])
-    assert isinstance(detector, CascadeDetector) and detector.router is not None
+    assert isinstance(detector, DynamicDetector) and detector.router is not None
     detector.router.out.weight.data.mul_(scale)
     nn.init.constant_(detector.router.out.bias, bias)
     return detector
@@ -98,7 +98,7 @@ def some_images(count: int, size: int = 64) -> Tensor:
     return images * torch.linspace(0.3, 1, count).view(-1, 1, 1, 1)
 
 
-def easiness_of(detector: CascadeDetector, images: Tensor) -> Tensor:
+def easiness_of(detector: DynamicDetector, images: Tensor) -> Tensor:
     easiness = detector.detect_by(images)[1].easiness
     assert easiness is not None
     return easiness
@@ -126,7 +126,7 @@ def test_only_x_reads_across() -> None:
     assert found == {"": None, "x": 2, "w6": None}
     with torch.device("meta"):
         straight = build_detector("dy_yolov7x", ["detector.cross=null"])
-    assert isinstance(straight, CascadeDetector) and straight.cross is None
+    assert isinstance(straight, DynamicDetector) and straight.cross is None
 
 
 # 4
@@ -213,7 +213,7 @@ def test_costs_are_counted_at_full_size() -> None:
     """All but the router, whose maps are pooled, grows with the area: a small count, scaled up, would be wrong."""
     with torch.device("meta"):
         detector = build_detector("shapes_dy_yolo", [ROUTER])
-    assert isinstance(detector, CascadeDetector) and detector.router is not None
+    assert isinstance(detector, DynamicDetector) and detector.router is not None
     counter = MacCounter(detector)
     small, large = (counter.count((side, 2 * side), route="second") for side in (32, 128))
     router = detector.router.hidden.weight.numel() + detector.router.out.weight.numel()
@@ -299,7 +299,7 @@ def test_padding_that_is_part_of_the_image_is_pooled() -> None:
     assert detector.preprocess.centred and router is not None and not router.masked
     router.masked = True
     with pytest.raises(ValueError, match=r"preprocess\.centred=false"):
-        CascadeDetector(first=detector.first, second=detector.second, links=detector.links, router=router)
+        DynamicDetector(first=detector.first, second=detector.second, links=detector.links, router=router)
 
 
 # 16

@@ -352,7 +352,7 @@ def test_the_cost_of_masks_is_a_part_of_its_own() -> None:
 
 
 def test_a_cascade_of_two_detectors_has_masks_too() -> None:
-    keys = ["detector=cascade_two_stage", "neck.channels=16", "predictor.roi.head.hidden=16"]
+    keys = ["detector=dynamic_two_stage", "neck.channels=16", "predictor.roi.head.hidden=16"]
     torch.manual_seed(0)
     detector = build_detector("shapes_mask_rcnn", [*keys, "predictor.roi.box.score_threshold=0.0"])
     assert detector.has_masks and not published("faster_rcnn_r50").has_masks

@@ -13,22 +13,22 @@ from dyndet.errors import UserError
 from dyndet.metrics.static import StaticCosts
 from dyndet.models.backbones.yolov7 import YoloBackbone
 from dyndet.models.backbones.yolov7_blocks import ConvNorm, RepConv, SpaceToDepth
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.fuse import fused
 from dyndet.models.necks.yolov7_pan import YoloNeck
 from dyndet.models.predictors.implicit import ImplicitConv
-from dyndet.ops.flops import mac_counter
+from dyndet.ops.flops import MacCounter
 
 MODELS = ("yolov7", "yolov7x", "yolov7w6")
 SIZES = {"yolov7": 640, "yolov7x": 640, "yolov7w6": 1280}
 
 
 @cache
-def cascade(model: str) -> CascadeDetector:
+def cascade(model: str) -> DynamicDetector:
     """The cascade with its router, without memory for its weights."""
     with torch.device("meta"):
         detector = build_detector(f"dy_{model}", ["+router=exact"])
-    assert isinstance(detector, CascadeDetector)
+    assert isinstance(detector, DynamicDetector)
     return detector
 
 
@@ -75,14 +75,9 @@ def test_parameters_of_the_parts(model: str, backbone: tuple[int, int], links: i
         assert (parameters(part.neck) + parameters(part.predictor), rest) == detector
 
 
-def counted(detector: CascadeDetector, model: str, route: str) -> dict[str, int]:
-    pixels = torch.empty(1, 3, SIZES[model], SIZES[model], device="meta")
-    counts = {}
-    with torch.no_grad():
-        for name, run in detector.stages(pixels, route=route):  # type: ignore[arg-type]
-            with mac_counter() as counter:
-                run()
-            counts[name] = counter.get_total_flops() // 2
+def counted(detector: DynamicDetector, model: str, route: str) -> dict[str, int]:
+    counts = MacCounter(detector).count((SIZES[model], SIZES[model]), route=route)
+    del counts["total"]
     return counts
 
 
@@ -162,7 +157,7 @@ def test_folded_blocks_compute_the_same(block: nn.Module) -> None:
 def test_a_folded_cascade_computes_the_same() -> None:
     torch.manual_seed(0)
     detector = settle(build_detector("shapes_dy_yolo", ["+router=exact"]))
-    assert isinstance(detector, CascadeDetector)
+    assert isinstance(detector, DynamicDetector)
     folded = fused(detector)
     images = torch.rand(2, 3, 64, 96, dtype=torch.float64)
     for route in ("first", "second"):
@@ -189,7 +184,7 @@ def test_width_and_depth_scale_a_network() -> None:
 MIXES = [
     ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_small"],
     ["backbone=yolov7_tiny", "neck=fpn_small", "predictor=fcos_small"],
-    ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_small", "detector=cascade", "detector.first_link=0"],
+    ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_small", "detector=dynamic", "detector.first_link=0"],
 ]
 
 

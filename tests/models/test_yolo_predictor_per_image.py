@@ -10,14 +10,15 @@ from anchor_oracles import SHAPES, STRIDES, random_maps, target_of
 from torch import Tensor
 from yolo_oracles import ANCHORS
 
+from dyndet.models.detectors.pyramid import Outputs
 from dyndet.models.predictors.atss import ATSS
 from dyndet.models.predictors.fcos import FCOS
 from dyndet.models.predictors.freeanchor import FreeAnchor
 from dyndet.models.predictors.normalise import Normaliser
-from dyndet.models.predictors.per_image import image_losses
 from dyndet.models.predictors.retinanet import RetinaNet
 from dyndet.models.predictors.yolo_predictor import YoloPredictor
 from dyndet.ops.grid import valid_masks
+from dyndet.structures import HeadOutput, ImageBatch, Target
 
 Dense = ATSS | RetinaNet | FreeAnchor | FCOS | YoloPredictor
 CLASSES = 2
@@ -48,6 +49,16 @@ def maps(module: Dense, batch: int = 3) -> list[dict[str, Tensor]]:
 def build(name: str) -> Dense:
     torch.manual_seed(0)
     return VARIANTS[name]().eval()
+
+
+def image_losses(
+    module: Dense, raw: list[dict[str, Tensor]], targets: list[Target], valid: list[Tensor] | None = None
+) -> Tensor:
+    """As a `DenseDetector` takes them, of maps that are given."""
+    outputs = Outputs(ImageBatch.of(torch.zeros(len(targets), 3, 1, 1)), valid, HeadOutput([], []), raw)
+    each = [(outputs.only(index), target) for index, target in enumerate(targets)]
+    terms = [module.losses(alone.raw, [target], alone.valid) for alone, target in each]
+    return torch.stack([torch.stack(list(losses.values())).sum() for losses in terms])
 
 
 @EVERY

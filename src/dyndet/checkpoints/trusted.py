@@ -37,7 +37,7 @@ CONSTRUCTORS = frozenset(
         "dyndet.models.dynamicdet.links.RandomLink",
         "dyndet.models.dynamicdet.links.ResidualLink",
         "dyndet.models.dynamicdet.router.Router",
-        "dyndet.models.detectors.dynamic.assemble_cascade",
+        "dyndet.models.detectors.dynamic.assemble_dynamic",
         "dyndet.models.detectors.dense.assemble_dense",
         "dyndet.models.detectors.two_stage.assemble_two_stage",
         "dyndet.models.heads.chain.HeadChain",

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.average_precision import CocoMetric
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.structures import Batch
 
 
@@ -25,7 +25,7 @@ class JointModule(DetectionModule):
         self.first_ap = CocoMetric(self.categories, iou_type=self.ap.iou_type, per_class=False)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        found, _ = cast(CascadeDetector, self.detector).detect_by(batch.images, "first")
+        found, _ = cast(DynamicDetector, self.detector).detect_by(batch.images, "first")
         self.first_ap.update(found, batch.targets, batch.images.sizes)
         return super().validation_step(batch, batch_idx)
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.sampler import KeyedDataset, keyed_generator
 from dyndet.lightning.router_module import Lesson, learn
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.structures import Category, Sample
 
 CHUNK = 64
@@ -23,7 +23,7 @@ CHUNK = 64
 
 
 def collect(
-    detector: CascadeDetector, data: DetectionDataModule, *, passes: int, device: torch.device, folder: Path
+    detector: DynamicDetector, data: DetectionDataModule, *, passes: int, device: torch.device, folder: Path
 ) -> Lesson:
     """Runs both detectors over the training set.
 

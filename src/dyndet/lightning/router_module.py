@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.dynamicdet.offset import Offset, router_loss
 from dyndet.ops.distributed import gathered
 from dyndet.speeds.splits import BothWays, go_both_ways
@@ -49,11 +49,11 @@ class RouterModule(DetectionModule):
         config: see `DetectionModule`.
     """
 
-    detector: CascadeDetector
+    detector: DynamicDetector
 
     def __init__(
         self,
-        detector: CascadeDetector,
+        detector: DynamicDetector,
         *,
         offset: Offset,
         categories: Sequence[Category],
@@ -61,7 +61,7 @@ class RouterModule(DetectionModule):
         schedule: Callable[..., LRScheduler] | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        if not isinstance(detector, CascadeDetector) or detector.router is None:
+        if not isinstance(detector, DynamicDetector) or detector.router is None:
             raise UserError("only a cascade has a router to train: choose a dy_ experiment")
         super().__init__(detector, categories=categories, optimizer=optimizer, schedule=schedule, config=config)
         self.offset = offset
@@ -130,7 +130,7 @@ class RouterModule(DetectionModule):
 
 
 @torch.no_grad()
-def learn(detector: CascadeDetector, batch: Batch) -> Lesson:
+def learn(detector: DynamicDetector, batch: Batch) -> Lesson:
     """Runs both detectors over a batch; in eval mode."""
     seen, losses = detector.image_losses(batch.images, batch.targets)
     return Lesson(detector.pooled(seen), losses)

@@ -20,7 +20,7 @@ from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.lightning.lessons import LessonDataModule, Lessons, collect
 from dyndet.lightning.router_module import RouterModule
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.dynamicdet.offset import make_offset
 
 _LOADING = ("num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint")
@@ -40,10 +40,10 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
     if config.init is None:
         raise UserError("init must be given: add init=RUN/checkpoints/last.ckpt of step 1 to the command")
     if "router" not in inspect.signature(get_method(config.detector._target_)).parameters:
-        raise UserError("only a cascade has a router to train: choose an experiment with detector=cascade")
+        raise UserError("only a cascade has a router to train: choose an experiment with detector=dynamic")
     if "weights" in config.backbone:
         config.backbone.weights = "none"  # they come from the checkpoint
-    detector: CascadeDetector = build(config.detector)
+    detector: DynamicDetector = build(config.detector)
     load_detectors(detector, config.init, data, trust=config.trust)
     lessons = None
     if config.router.cached:
@@ -81,7 +81,7 @@ def _check_order() -> None:
         )
 
 
-def load_detectors(detector: CascadeDetector, init: str, data: DetectionDataModule, *, trust: bool = False) -> None:
+def load_detectors(detector: DynamicDetector, init: str, data: DetectionDataModule, *, trust: bool = False) -> None:
     """Takes everything but the router from a checkpoint of step 1.
 
     Raises:

@@ -21,7 +21,7 @@ class StaticCosts:
         self._known: dict[tuple[int, int, bool, str | None], dict[str, int]] = {}
 
     def __call__(self, size: Sequence[int], *, routed: bool, route: str | None = None) -> dict[str, int]:
-        """(H, W) in pixels -> MACs of the parts that always run; a routed head is not among them.
+        """(H, W) in pixels -> MACs of the parts that always run; of a routed head what its gates do not rule.
 
         Args:
             size: of the image.
@@ -34,7 +34,7 @@ class StaticCosts:
         if key not in self._known:
             if self._counter is None:  # not before it is needed: it copies the detector
                 self._counter = MacCounter(self._detector)
-            counts = self._counter.count((height, width), head=not routed, route=route)
+            counts = self._counter.count((height, width), gated=not routed, route=route)
             self._known[key] = {part: macs for part, macs in counts.items() if part != "total"}
         return self._known[key]
 

@@ -15,7 +15,7 @@ import torch
 
 from dyndet.errors import UserError
 from dyndet.models.detectors.base import Detector
-from dyndet.models.detectors.dynamic import CascadeDetector
+from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.heads.chain import routed_part
 from dyndet.models.heads.fine_grained import FineGrainedHead
@@ -77,7 +77,7 @@ def set_speed(detector: Detector, speed: str, calibration: Calibration | None) -
         UserError: if the wish is malformed, out of reach, or not calibrated.
     """
     kind, value = _parsed(speed)
-    if isinstance(detector, CascadeDetector):
+    if isinstance(detector, DynamicDetector):
         if detector.router is None:
             raise UserError(
                 f"speed={speed}: this cascade has no router yet; train one with +router=exact init=CHECKPOINT"
@@ -93,7 +93,7 @@ def set_speed(detector: Detector, speed: str, calibration: Calibration | None) -
     return f"speed {speed}: gates of at most {head.gate_threshold:.4f} close"
 
 
-def cascade_settings(detector: CascadeDetector) -> dict[str, Callable[[], None]]:
+def cascade_settings(detector: DynamicDetector) -> dict[str, Callable[[], None]]:
     """What to call for all images easy, all hard, and the split that is set now, for `time_detections`."""
 
     def setting(threshold: float) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
-from dyndet.models.detectors.dynamic import CascadeDetector, Route
+from dyndet.models.detectors.dynamic import DynamicDetector, Route
 from dyndet.structures import Batch, Category, Detections, Target
 
 
@@ -89,7 +89,7 @@ class BothWays:
 
 
 @torch.no_grad()
-def go_both_ways(detector: CascadeDetector, static: StaticCosts, batch: Batch) -> BothWays:
+def go_both_ways(detector: DynamicDetector, static: StaticCosts, batch: Batch) -> BothWays:
     """Runs a batch along both routes; boxes alone are kept of what it finds, as masks of a data set fill the memory.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -112,14 +112,13 @@ class Detector(nn.Module, ABC):
     def raw_outputs(self, images: Images) -> RawMaps:
         """The predictor's maps per level before decoding (for FCOS `cls`, `box`, `centerness`)."""
 
-    @abstractmethod
-    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """The parts in order, each as a call on what came before: for counting and timing a dense pass.
+    def forward(self, images: Images) -> RawMaps:
+        """`raw_outputs`, with all that may run beside: the pass whose multiply-adds are counted."""
+        return self.raw_outputs(images)
 
-        Args:
-            pixels: (B, 3, H, W) network input, already preprocessed.
-            head: False leaves out what the head routes; its input takes the place of its output.
-        """
+    def parts(self) -> dict[str, nn.Module]:
+        """What multiply-adds are counted for, by name, in the order of a pass; the head is called "head"."""
+        return {name: part for name, part in self.named_children() if name not in ("preprocess", "budget")}
 
     @torch.no_grad()
     def detect(self, images: Images) -> list[Detections]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -11,13 +10,11 @@ from dyndet.errors import UserError
 from dyndet.models.backbones.timm import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import FeatureMaps, Head, Predictor, RawMaps
-from dyndet.models.detectors.pyramid import PyramidDetector, fitted
+from dyndet.models.detectors.pyramid import Outputs, PyramidDetector, fitted
 from dyndet.models.heads.branches import reads_of, with_branches
 from dyndet.models.necks.fpn import FPN
-from dyndet.models.predictors.per_image import image_losses
 from dyndet.models.preprocess import Preprocess
-from dyndet.routing import Routing
-from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Target
+from dyndet.structures import Detections, HeadOutput, Target
 
 
 class DenseDetector(PyramidDetector):
@@ -51,35 +48,14 @@ class DenseDetector(PyramidDetector):
         )
         self.predictor = predictor
 
-    def losses_from(
-        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
-    ) -> Losses:
-        features, valid = self._features(maps, batch)
-        output = self.run_head(features, valid)
-        wanted = self._wanted(batch, targets)
-        return self._priced(self.predictor.losses(self._predict(output), wanted, valid), output.routing)
+    def _raw(self, head: HeadOutput) -> RawMaps:
+        return self.run_part("predictor", self.predictor, head)
 
-    def image_losses_from(
-        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
-    ) -> Tensor:
-        features, valid = self._features(maps, batch)
-        raw = self._predict(self.run_head(features, valid))
-        wanted = self._wanted(batch, targets)
-        return image_losses(self.predictor, raw, wanted, valid)
+    def _terms(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
+        return self.predictor.losses(outputs.raw, targets, outputs.valid)
 
-    def detect_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Detections], Routing | None]:
-        features, valid = self._features(maps, batch)
-        output = self.run_head(features, valid)
-        return self.predictor.detections(self._predict(output), batch, valid), output.routing
-
-    def raw_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> RawMaps:
-        return self._predict(self.run_head(*self._features(maps, batch)))
-
-    def stages_after(self, maps: Sequence[Tensor], *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        return self._stages(maps, head, ("predictor", self.predictor))
-
-    def _predict(self, output: HeadOutput) -> RawMaps:
-        return self.run_part("predictor", self.predictor, output)
+    def _detections(self, outputs: Outputs) -> list[Detections]:
+        return self.predictor.detections(outputs.raw, outputs.batch, outputs.valid)
 
 
 def assemble_dense(

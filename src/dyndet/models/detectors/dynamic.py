@@ -6,7 +6,7 @@ composite links, then the second neck and head; the first's do not run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -18,6 +18,7 @@ from dyndet.models.detectors.base import Detector, Images, RawMaps
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.models.dynamicdet.links import CompositeLinks, run_linked
 from dyndet.models.dynamicdet.router import Router
+from dyndet.ops.autocast import without_autocast
 from dyndet.ops.distributed import alone
 from dyndet.ops.grid import valid_masks
 from dyndet.routing import Routes
@@ -26,7 +27,7 @@ from dyndet.structures import Detections, ImageBatch, Losses, Size, Target
 Route = Literal["first", "second"]
 
 
-class CascadeDetector(Detector):
+class DynamicDetector(Detector):
     """Two detectors of one kind, the second of which starts from what the first has seen.
 
     Without a router every image is hard: what a cascade is before its router is trained.
@@ -93,8 +94,8 @@ class CascadeDetector(Detector):
     def both_losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> tuple[Losses, Losses]:
         """The losses of either detector."""
         seen = self.look(images)
-        first = self.first.losses_from(self._easy_maps(seen), seen.batch, targets)
-        return first, self.second.losses_from(self._hard_maps(seen), seen.batch, targets)
+        first = self.first.losses(seen.batch, targets, self._easy_maps(seen))
+        return first, self.second.losses(seen.batch, targets, self._hard_maps(seen))
 
     @torch.no_grad()
     def image_losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> tuple[Seen, Tensor]:
@@ -103,8 +104,8 @@ class CascadeDetector(Detector):
         """
         seen = self.look(images)
         with alone():  # an image's losses are its own, and processes may have different numbers of batches
-            first = self.first.image_losses_from(self._easy_maps(seen), seen.batch, targets)
-            second = self.second.image_losses_from(self._hard_maps(seen), seen.batch, targets)
+            first = self.first.image_losses(seen.batch, targets, self._easy_maps(seen))
+            second = self.second.image_losses(seen.batch, targets, self._hard_maps(seen))
         return seen, torch.stack([first, second])
 
     def look(self, images: Images) -> Seen:
@@ -143,7 +144,7 @@ class CascadeDetector(Detector):
         """
         if self.router is None:
             raise ValueError("this cascade has no router yet: train one")
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled.device.type):
             return self.router(pooled)
 
     @torch.no_grad()
@@ -163,10 +164,10 @@ class CascadeDetector(Detector):
         for hard, indices, _ in routes.parts():
             some = seen.only(indices)
             if hard:
-                answers, routing = self.second.detect_from(self._hard_maps(some), some.batch)
+                answers, routing = self.second.detect_with_routing(some.batch, self._hard_maps(some))
                 routes.second = routing and routing.named("second.")
             else:
-                answers, routing = self.first.detect_from(self._easy_maps(some), some.batch)
+                answers, routing = self.first.detect_with_routing(some.batch, self._easy_maps(some))
                 routes.first = routing and routing.named("first.")
             for index, answer in zip(indices, answers, strict=True):
                 found[index] = answer
@@ -176,46 +177,43 @@ class CascadeDetector(Detector):
         """The maps of one of the two detectors, as `Detector.raw_outputs`."""
         seen = self.look(images)
         if route == "first":
-            return self.first.raw_from(self._easy_maps(seen), seen.batch)
-        return self.second.raw_from(self._hard_maps(seen), seen.batch)
+            return self.first.raw_outputs(seen.batch, self._easy_maps(seen))
+        return self.second.raw_outputs(seen.batch, self._hard_maps(seen))
 
-    def stages(
-        self, pixels: Tensor, *, head: bool = True, route: Route = "second"
-    ) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """As of `Detector`, for one route: "backbone", "router", for hard images "links" and "backbone2", and what that
-        detector has after its backbone.
-        """
-        results: dict[str, Any] = {}
-
-        def part(name: str, run: Callable[[], Any]) -> tuple[str, Callable[[], None]]:
-            return name, lambda: results.__setitem__(name, run())
-
-        yield part("backbone", lambda: run_stages(_staged(self.first).stages(), pixels))
-        outputs = results["backbone"]
-        seen = Seen(ImageBatch.of(pixels), pixels, outputs, _staged(self.first).sources(outputs))
+    def forward(self, images: Images, route: Route = "second") -> RawMaps:
+        """As of `Detector`: what runs on images that take this route, the router among it."""
+        seen = self.look(images)
         if self.router is not None:
-            router = self.router
-            yield part("router", lambda: router(router.pool(seen.sources)))
+            self.easiness(self.pooled(seen))
         if route == "first":
-            yield from self.first.stages_after(self._easy_maps(seen), head=head)
-            return
-        yield part("links", lambda: self.links(seen.sources))
-        yield part("backbone2", lambda: self._run_second(seen, results["links"]))
-        yield from self.second.stages_after(results["backbone2"], head=head)
+            return self.first(seen.batch, self._easy_maps(seen))
+        return self.second(seen.batch, self._hard_maps(seen))
+
+    def parts(self, route: Route = "second") -> dict[str, nn.Module]:
+        """As of `Detector`: "backbone", "router", for hard images "links" and "backbone2", and what that detector has
+        after its backbone.
+        """
+        chosen = self.first if route == "first" else self.second
+        parts = {"backbone": self.first.get_submodule("backbone")}
+        if self.router is not None:
+            parts["router"] = self.router
+        if route == "second":
+            parts |= {"links": self.links, "backbone2": self.second.get_submodule("backbone")}
+        return parts | {name: part for name, part in chosen.parts().items() if name != "backbone"}
 
     def _easy_maps(self, seen: Seen) -> list[Tensor]:
         return _staged(self.first).maps(seen.sources, seen.size)
 
     def _hard_maps(self, seen: Seen) -> list[Tensor]:
-        values = [seen.pixels, seen.outputs, seen.sources]
-        return self.second.run_part(
-            "backbone", lambda x: self._run_second(Seen(seen.batch, *x), self.links(x[2])), values
-        )
-
-    def _run_second(self, seen: Seen, added: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         second = _staged(self.second)
-        outputs = run_linked(second, seen.pixels, seen.outputs, added, shared=self.shared_stages, cross=self.cross)
-        return second.maps(second.sources(outputs), seen.size)
+
+        def run(x: Sequence[Any]) -> list[Tensor]:
+            pixels, outputs, sources = x
+            added = self.links(sources)
+            outputs = run_linked(second, pixels, outputs, added, shared=self.shared_stages, cross=self.cross)
+            return second.maps(second.sources(outputs), seen.size)
+
+        return self.second.run_part("backbone", run, [seen.pixels, seen.outputs, seen.sources])
 
 
 class Seen(NamedTuple):
@@ -252,7 +250,7 @@ def _staged(detector: PyramidDetector) -> StagedBackbone:
     return cast(StagedBackbone, detector.backbone)
 
 
-def assemble_cascade(
+def assemble_dynamic(
     *,
     first: PyramidDetector,
     second: PyramidDetector,
@@ -264,16 +262,16 @@ def assemble_cascade(
     router: Callable[..., Router] | None = None,
     read_from: int = 0,
     masked: bool | None = None,
-) -> CascadeDetector:
-    """Builds a `CascadeDetector` from two detectors and parts that wait for the widths of their backbones.
+) -> DynamicDetector:
+    """Builds a `DynamicDetector` from two detectors and parts that wait for the widths of their backbones.
 
     Args:
         first: ready.
         second: ready, of the same kind.
         link: see `CompositeLinks`.
         first_link: see `CompositeLinks`.
-        shared_stages: see `CascadeDetector`.
-        cross: see `CascadeDetector`.
+        shared_stages: see `DynamicDetector`.
+        cross: see `DynamicDetector`.
         share_neck_head: the second detector uses the neck of the first and everything behind it.
         router: called with `stage_channels`, `first` and `masked`; None leaves it out.
         read_from: the first stage of the first backbone that the router reads.
@@ -293,7 +291,7 @@ def assemble_cascade(
         for name, part in first.named_children():
             if name not in ("preprocess", "backbone"):
                 setattr(second, name, part)
-    return CascadeDetector(
+    return DynamicDetector(
         first=first,
         second=second,
         links=CompositeLinks(_staged(first).stage_channels, backbone.link_channels, first=first_link, link=link),

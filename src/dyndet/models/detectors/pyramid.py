@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,37 @@ from torch import Tensor
 from dyndet.errors import UserError
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images, RawMaps
-from dyndet.models.heads.chain import HeadChain
 from dyndet.models.preprocess import Preprocess
+from dyndet.ops.autocast import without_autocast
 from dyndet.ops.grid import valid_masks
 from dyndet.routing import Routing
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Size, Target
+
+
+class Outputs(NamedTuple):
+    """What one pass over a batch gives.
+
+    Attributes:
+        batch: the images.
+        valid: L x (B, 1, H, W) bool, False on padding; None when there is none.
+        head: of the head.
+        raw: the predictor's maps.
+    """
+
+    batch: ImageBatch
+    valid: list[Tensor] | None
+    head: HeadOutput
+    raw: RawMaps
+
+    def only(self, index: int) -> Outputs:
+        """Of one image, as a batch; without its routing."""
+        here = slice(index, index + 1)
+        return Outputs(
+            self.batch[torch.tensor([index])],
+            None if self.valid is None else [mask[here] for mask in self.valid],
+            HeadOutput([x[here] for x in self.head.cls], [x[here] for x in self.head.reg]),
+            [{name: value[here] for name, value in level.items()} for level in self.raw],
+        )
 
 
 class PyramidDetector(Detector):
@@ -70,43 +96,54 @@ class PyramidDetector(Detector):
     def size_divisor(self) -> int:
         return max(getattr(part, "size_divisor", 1) for part in (self.backbone, self.neck))
 
-    def losses(self, images: Images, targets: Sequence[Target | dict[str, Tensor]]) -> Losses:
-        batch = self.batch(images)
-        return self.losses_from(self._maps(batch), batch, targets)
+    def losses(
+        self,
+        images: Images,
+        targets: Sequence[Target | dict[str, Tensor]],
+        maps: Sequence[Tensor] | None = None,
+    ) -> Losses:
+        """As of `Detector`.
+
+        Args:
+            images: see `Images`.
+            targets: see `Detector.losses`.
+            maps: of the backbone, where they are there already; `images` then are the `batch` that they are of.
+        """
+        outputs = self._forward(images, maps)
+        terms, routing = self._terms(outputs, self._wanted(outputs.batch, targets)), outputs.head.routing
+        if self.budget is not None and routing is not None:
+            terms = terms | {"budget": self.budget(routing)}
+        return Losses(terms, routing)
+
+    def image_losses(
+        self,
+        images: Images,
+        targets: Sequence[Target | dict[str, Tensor]],
+        maps: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """(B,) float32 detection losses that each image would have in a batch of its own, without the budget.
+
+        Every mean is taken inside the image. Call it in eval mode, or moving averages take a step per image. Arguments
+        as of `losses`.
+        """
+        outputs = self._forward(images, maps)
+        wanted = self._wanted(outputs.batch, targets)
+        each = [self._terms(outputs.only(index), [target]) for index, target in enumerate(wanted)]
+        return torch.stack([torch.stack(list(terms.values())).sum() for terms in each])
 
     @torch.no_grad()
-    def detect_with_routing(self, images: Images) -> tuple[list[Detections], Routing | None]:
-        batch = self.batch(images)
-        return self.detect_from(self._maps(batch), batch)
+    def detect_with_routing(
+        self, images: Images, maps: Sequence[Tensor] | None = None
+    ) -> tuple[list[Detections], Routing | None]:
+        outputs = self._forward(images, maps)
+        return self._detections(outputs), outputs.head.routing
 
-    def raw_outputs(self, images: Images) -> RawMaps:
-        batch = self.batch(images)
-        return self.raw_from(self._maps(batch), batch)
+    def raw_outputs(self, images: Images, maps: Sequence[Tensor] | None = None) -> RawMaps:
+        return self._forward(images, maps).raw
 
-    @abstractmethod
-    def losses_from(
-        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
-    ) -> Losses:
-        """`losses` for a batch whose backbone maps are there already."""
-
-    @abstractmethod
-    def detect_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Detections], Routing | None]:
-        """`detect_with_routing` for a batch whose backbone maps are there already."""
-
-    @abstractmethod
-    def raw_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> RawMaps:
-        """`raw_outputs` for a batch whose backbone maps are there already."""
-
-    def image_losses_from(
-        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
-    ) -> Tensor:
-        """(B,) detection losses of every image by itself, without the budget; in eval mode, without gradients."""
-        totals = []
-        for index, target in enumerate(targets):
-            one = [x[index : index + 1] for x in maps]
-            terms = self.losses_from(one, batch[torch.tensor([index])], [target]).terms
-            totals.append(torch.stack([value for name, value in terms.items() if name != "budget"]).sum())
-        return torch.stack(totals)
+    def forward(self, images: Images, maps: Sequence[Tensor] | None = None) -> RawMaps:
+        """As of `Detector`; `maps` as of `losses`."""
+        return self.raw_outputs(images, maps)
 
     def pyramid(self, images: Images) -> tuple[list[Tensor], list[Tensor] | None]:
         """What the head gets: L x (B, C, H_l, W_l), and L x (B, 1, H_l, W_l) bool, False on padding, or None."""
@@ -133,6 +170,25 @@ class PyramidDetector(Detector):
             )
         return batch
 
+    def _forward(self, images: Images, maps: Sequence[Tensor] | None) -> Outputs:
+        """The one pass from images, or from the backbone's maps of a batch, to the predictor's maps."""
+        batch = self.batch(images) if maps is None else ImageBatch.of(images)
+        features, valid = self._features(self._maps(batch) if maps is None else maps, batch)
+        head = self.run_head(features, valid)
+        return Outputs(batch, valid, head, self._raw(head))
+
+    @abstractmethod
+    def _raw(self, head: HeadOutput) -> RawMaps:
+        """The predictor's maps."""
+
+    @abstractmethod
+    def _terms(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Detection losses by name, for targets as `_wanted` gives them."""
+
+    @abstractmethod
+    def _detections(self, outputs: Outputs) -> list[Detections]:
+        """In pixels of the original images."""
+
     def _wanted(self, batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]) -> list[Target]:
         """What losses are taken for: no crowd, in pixels of the batch, on its device."""
         wanted = [Target.of(target).without_crowd().to(batch.pixels.device) for target in targets]
@@ -151,50 +207,17 @@ class PyramidDetector(Detector):
         valid = valid_masks(batch.sizes, shapes, self.strides)
         return features, None if valid is None else [mask.to(features[0].device) for mask in valid]
 
-    def _priced(self, terms: dict[str, Tensor], routing: Routing | None) -> Losses:
-        """The losses, with the budget where something was routed."""
-        if self.budget is not None and routing is not None:
-            terms = terms | {"budget": self.budget(routing)}
-        return Losses(terms, routing)
-
-    def stages(self, pixels: Tensor, *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        results: list[Any] = []
-        yield "backbone", lambda: results.append(self.backbone(pixels))
-        yield from self.stages_after(results[0], head=head)
-
-    @abstractmethod
-    def stages_after(self, maps: Sequence[Tensor], *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """`stages` from the backbone's maps on."""
-
-    def _stages(
-        self, maps: Sequence[Tensor], head: bool, *parts: tuple[str, Callable[[Any], Any]]
-    ) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """`stages_after` of neck, head and the parts that follow, each called with what came before."""
-        value: Any = maps
-        for name, part in (("neck", self.neck), ("head", self.head), *parts):
-            if name == "head" and not head:
-                if not isinstance(part, HeadChain):
-                    value = HeadOutput(value, value)
-                    continue
-                part = part.attention  # nothing is routed before the towers
-            results: list[Any] = []
-
-            def run(part: Callable[[Any], Any] = part, value: Any = value, results: list[Any] = results) -> None:
-                results.append(part(value))
-
-            yield name, run
-            value = results[0]
-
     def run_part(self, part: str, module: Callable[..., Any], inputs: Any, *more: Any) -> Any:
         """A part in its own precision. One without takes inputs like its weights, unless autocast surrounds it."""
         device = next(self.parameters()).device.type
         dtype = self.precision.get(part)
-        if dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast(device, dtype=dtype):
+        if device != "meta":  # whose tensors know no autocast
+            if dtype in (torch.bfloat16, torch.float16):
+                with torch.autocast(device, dtype=dtype):
+                    return module(inputs, *more)
+            if dtype is None and torch.is_autocast_enabled(device):
                 return module(inputs, *more)
-        if dtype is None and torch.is_autocast_enabled(device):
-            return module(inputs, *more)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return module(_cast(inputs, next(self.parameters()).dtype), *more)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndet.models.backbones.timm import TimmBackbone
 from dyndet.models.budget import Budget
-from dyndet.models.detectors.base import Branch, FeatureMaps, Head, RawMaps
-from dyndet.models.detectors.pyramid import PyramidDetector, fitted
+from dyndet.models.detectors.base import Branch, FeatureMaps, Head, Images, RawMaps
+from dyndet.models.detectors.pyramid import Outputs, PyramidDetector, fitted
 from dyndet.models.heads.branches import with_branches
 from dyndet.models.heads.none import NoHead
 from dyndet.models.necks.fpn import FPN
@@ -19,8 +18,7 @@ from dyndet.models.preprocess import Preprocess
 from dyndet.models.two_stage.mask import MaskRCNN, paste_masks
 from dyndet.models.two_stage.roi import RoIPredictor
 from dyndet.models.two_stage.rpn import RPN
-from dyndet.routing import Routing
-from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Size, Target
+from dyndet.structures import Detections, HeadOutput, ImageBatch, Size, Target
 
 
 class TwoStageDetector(PyramidDetector):
@@ -72,63 +70,50 @@ class TwoStageDetector(PyramidDetector):
     def has_masks(self) -> bool:
         return isinstance(self.predictor, MaskRCNN)
 
-    def losses_from(
-        self, maps: Sequence[Tensor], batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]
-    ) -> Losses:
-        """As of `Detector.losses`: `rpn_cls`, `rpn_box`, `cls`, `box`; `mask` and `budget` where there are such."""
-        sizes, output, valid = self._attended(maps, batch)
-        wanted = [_trainable(target).to(batch.pixels.device) for target in targets]
-        raw = self.run_part("predictor", self.rpn, output.cls)
-        terms = self.rpn.losses(raw, wanted, valid)
-        samples = self.predictor.sample(self.rpn.proposals(raw, sizes, valid), wanted)
-        terms |= self.run_part("predictor", self.predictor.losses, output.cls, samples, wanted, sizes)
-        return self._priced(terms, output.routing)
-
-    def detect_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> tuple[list[Detections], Routing | None]:
-        sizes, output, valid = self._attended(maps, batch)
-        raw = self.run_part("predictor", self.rpn, output.cls)
-        proposals = self.rpn.proposals(raw, sizes, valid)
-        found = self.run_part("predictor", self.predictor.detections, output.cls, proposals, sizes)
-        return _in_original_pixels(found, batch), output.routing
-
-    def raw_from(self, maps: Sequence[Tensor], batch: ImageBatch) -> RawMaps:
-        """Per level what the RPN says: `objectness` (B, A, H, W) logits and `deltas` (B, 4A, H, W)."""
-        return self.run_part("predictor", self.rpn, self._attended(maps, batch)[1].cls)
-
-    def stages_after(self, maps: Sequence[Tensor], *, head: bool = True) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """As of `Detector.stages`: "neck", "head", "rpn", "roi" on as many regions as the RPN may propose, and, where
-        there are masks, "mask" on as many as may be found.
+    def forward(self, images: Images, maps: Sequence[Tensor] | None = None) -> RawMaps:
+        """`raw_outputs`; then the second stage on as many regions as the RPN may propose, and masks of as many as may
+        be found.
         """
+        outputs = self._forward(images, maps)
+        features, stage = outputs.head.cls[0], self.predictor
+        self.run_part("predictor", stage, _regions(features, self.rpn.max_proposals, stage.size))
+        if isinstance(stage, MaskRCNN):
+            self.run_part("predictor", stage.mask_head, _regions(features, stage.max_detections, stage.mask_pool.size))
+        return outputs.raw
 
-        def rpn(output: HeadOutput) -> Tensor:
-            self.rpn(output.cls)
-            return output.cls[0]
+    def parts(self) -> dict[str, nn.Module]:
+        """As of `Detector`: "backbone", "neck", "head", "rpn", "roi" and, where there are masks, "mask"."""
+        parts = super().parts()
+        parts["roi"] = parts.pop("predictor")
+        return parts | ({"mask": self.predictor.mask_head} if isinstance(self.predictor, MaskRCNN) else {})
 
-        def roi(features: Tensor) -> Tensor:
-            self.predictor(_regions(features, self.rpn.max_proposals, self.predictor.size))
-            return features
+    def _raw(self, head: HeadOutput) -> RawMaps:
+        """Per level what the RPN says: `objectness` (B, A, H, W) logits and `deltas` (B, 4A, H, W)."""
+        return self.run_part("predictor", self.rpn, head.cls)
 
-        parts: list[tuple[str, Callable[[Any], Any]]] = [("rpn", rpn), ("roi", roi)]
-        if isinstance(self.predictor, MaskRCNN):
-            masks = self.predictor
+    def _wanted(self, batch: ImageBatch, targets: Sequence[Target | dict[str, Tensor]]) -> list[Target]:
+        """Without boxes that have no area, too: they have no deltas."""
+        return [_solid(target) for target in super()._wanted(batch, targets)]
 
-            def mask(features: Tensor) -> Tensor:
-                return masks.mask_head(_regions(features, masks.max_detections, masks.mask_pool.size))
+    def _terms(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """`rpn_cls`, `rpn_box`, `cls`, `box`; `mask` where there are masks."""
+        sizes, features = _sizes(outputs.batch), outputs.head.cls
+        terms = self.rpn.losses(outputs.raw, targets, outputs.valid)
+        samples = self.predictor.sample(self.rpn.proposals(outputs.raw, sizes, outputs.valid), targets)
+        return terms | self.run_part("predictor", self.predictor.losses, features, samples, targets, sizes)
 
-            parts.append(("mask", mask))
-        yield from self._stages(maps, head, *parts)
-
-    def _attended(
-        self, maps: Sequence[Tensor], batch: ImageBatch
-    ) -> tuple[list[Size], HeadOutput, list[Tensor] | None]:
-        features, valid = self._features(maps, batch)
-        sizes: list[Size] = [(height, width) for height, width in batch.sizes.tolist()]
-        return sizes, self.run_head(features, valid), valid
+    def _detections(self, outputs: Outputs) -> list[Detections]:
+        sizes, features = _sizes(outputs.batch), outputs.head.cls
+        proposals = self.rpn.proposals(outputs.raw, sizes, outputs.valid)
+        found = self.run_part("predictor", self.predictor.detections, features, proposals, sizes)
+        return _in_original_pixels(found, outputs.batch)
 
 
-def _trainable(target: Target | dict[str, Tensor]) -> Target:
-    """Without crowd, and without boxes that have no area: they have no deltas."""
-    target = Target.of(target).without_crowd()
+def _sizes(batch: ImageBatch) -> list[Size]:
+    return [(height, width) for height, width in batch.sizes.tolist()]
+
+
+def _solid(target: Target) -> Target:
     solid = (target.boxes[:, 2:] > target.boxes[:, :2]).all(1)
     return target if bool(solid.all()) else target[solid]
 

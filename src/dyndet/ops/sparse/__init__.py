@@ -8,7 +8,7 @@ from dyndet.ops.sparse.depth_step import depth_rows
 from dyndet.ops.sparse.direct import autocast_dtype
 from dyndet.ops.sparse.exchange import exchange_rows
 from dyndet.ops.sparse.execute.norm import Stats
-from dyndet.ops.sparse.impl import IMPLS, Impl, check_impl, choose
+from dyndet.ops.sparse.impl import IMPLS, Impl, SwitchableHead, check_impl, choose
 from dyndet.ops.sparse.logits import logit_rows
 from dyndet.ops.sparse.norm import norm_rows
 from dyndet.ops.sparse.parameters import ConvNorm
@@ -27,6 +27,7 @@ __all__ = [
     "Plan",
     "RowLayout",
     "Stats",
+    "SwitchableHead",
     "autocast_dtype",
     "check_impl",
     "choose",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -13,6 +13,16 @@ Impl = Literal["auto", "dense", "gather", "triton"]
 chunk, in plain torch. triton: the kernels of `dyndet.kernels`. auto: the fastest of them on this device."""
 
 IMPLS: tuple[Impl, ...] = ("auto", "dense", "gather", "triton")
+
+
+@runtime_checkable
+class SwitchableHead(Protocol):
+    """A head whose sparse operations can be executed in several ways, which compute the same."""
+
+    def execute(self, impl: Impl) -> Impl:
+        """Sets the execution and returns the one before."""
+        ...
+
 
 # Share of active positions at which a dense 3x3 convolution becomes the faster one, from so many channels on
 # (docs/kernels.md, measured by scripts/bench_sparse.py). CUDA: not yet measured; the hint must exceed a cautious bound.
