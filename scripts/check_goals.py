@@ -1,6 +1,6 @@
 """Compare records of bench_sparse.py with the goals: one line per goal, PASS, FAIL or not measured.
 
-    python scripts/check_goals.py RECORDS.jsonl [--margin 0.6] [--goals conf/bench/goals.yaml]
+    python scripts/check_goals.py RECORDS.jsonl [--margin 0.6] [--goals scripts/bench/goals.yaml]
 
 Of several records of one case the last counts. Exits with 1 when a goal that was measured fails.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-GOALS = Path(__file__).parents[1] / "conf" / "bench" / "goals.yaml"
+GOALS = Path(__file__).parent / "bench" / "goals.yaml"
 NOT_MEASURED = "not measured"
 
 Record = dict[str, Any]

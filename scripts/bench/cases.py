@@ -122,7 +122,7 @@ def defaults(mode: Mode) -> Case:
 
 
 def suite(name: Literal["cpu", "gpu"]) -> list[Case]:
-    """The cases behind the goals of `conf/bench/goals.yaml`."""
+    """The cases behind the goals of `scripts/bench/goals.yaml`."""
     return list(_cpu() if name == "cpu" else _gpu())
 
 

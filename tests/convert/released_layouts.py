@@ -360,8 +360,8 @@ RELEASES: dict[str, Release] = {
             _towers(gn=True, bias=False),
             lambda: openmmlab_points("atss"),
         ),
-        "atss_r101",
-        {**TV_RESNET, "backbone.name": "resnet101.tv_in1k"},
+        "atss_r50",
+        {**TV_RESNET, "backbone.name": "resnet101"},
     ),
     "mmdet fcos plain": Release(
         (openmmlab_resnet, _mm(C3, (256, 256)), _towers(gn=True, bias=False), lambda: openmmlab_points("conv")),
@@ -406,8 +406,8 @@ RELEASES: dict[str, Release] = {
     ),
     "mmdet faster_rcnn_r101": Release(
         (lambda: openmmlab_resnet((3, 4, 23, 3)), _mm(C2, ()), openmmlab_two_stage),
-        "faster_rcnn_r101",
-        {**TV_RESNET, "backbone.name": "resnet101.tv_in1k", "predictor.rpn.ignore_padding": False},
+        "faster_rcnn_r50",
+        {**TV_RESNET, "backbone.name": "resnet101", "predictor.rpn.ignore_padding": False},
     ),
     "mmdet mask_rcnn_r50": Release(
         (openmmlab_resnet, _mm(C2, ()), openmmlab_two_stage, openmmlab_masks),
@@ -422,10 +422,13 @@ RELEASES: dict[str, Release] = {
                 openmmlab_two_stage,
                 openmmlab_masks,
             ),
-            f"mask_rcnn_swin{size}",
-            {**TORCHVISION, "predictor.rpn.ignore_padding": False, "data.masks": True},
+            "mask_rcnn_swint",
+            {**TORCHVISION, "predictor.rpn.ignore_padding": False, "data.masks": True, "backbone.name": name},
         )
-        for size, depth in (("t", 6), ("s", 18))
+        for size, depth, name in (
+            ("t", 6, "swin_tiny_patch4_window7_224.ms_in1k"),
+            ("s", 18, "swin_small_patch4_window7_224"),
+        )
     },
     "authors dyhead atss": Release(
         (_body(WRAPPED), _d2(WRAPPED, C3, (256, 256)), authors_dyhead, authors_atss),
@@ -486,8 +489,12 @@ RELEASES: dict[str, Release] = {
                 lambda depth=depth, dynamic=dynamic: cvpods_nodes(depth, dynamic=dynamic),
                 cvpods_predictors,
             ),
-            f"fcos_d{depth}{'_dyn' if dynamic else ''}",
-            {**CVPODS, **({"head.norm_stats": "published", "head.activation.tau": 1.5} if dynamic else {})},
+            "fcos_d8_dyn" if dynamic else "fcos_d8",
+            {
+                **CVPODS,
+                "head.depth": depth,
+                **({"head.norm_stats": "published", "head.activation.tau": 1.5} if dynamic else {}),
+            },
         )
         for depth in (4, 8)
         for dynamic in (False, True)

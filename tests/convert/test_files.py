@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "1 missing: head.cls.2.output_weight" in message
     assert "1 left over: head.mask.weight" in message
     assert "1 of another shape: predictor.box.bias (5,) instead of (4,)" in message
-    assert "fcos_d4" in message and "\n" not in message
+    assert "fcos_d8" in message and "\n" not in message
 
 
 def test_another_model(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_head_without_boxes(tmp_path: Path) -> None:
 def test_another_experiment(tmp_path: Path) -> None:
     file = tmp_path / "release.pth"
     torch.save({"model": marked(RELEASES["fcos dynamic D4"].shapes)}, file)
-    with pytest.raises(UserError, match="is a release of fcos_d4_dyn, not of retinanet_r50"):
+    with pytest.raises(UserError, match="is a release of fcos_d8_dyn, not of retinanet_r50"):
         read_release(file, "retinanet_r50")
     with pytest.raises(UserError, match="there is no experiment 'fcos_d4_dynamic'"):
         read_release(file, "fcos_d4_dynamic")

@@ -335,4 +335,4 @@ def test_gates_have_speeds_too() -> None:
     with pytest.raises(UserError, match="for cascades"):
         set_speed(detector, "hard_fraction:0.5", calibration)
     with pytest.raises(UserError, match="one speed only"):
-        set_speed(dyndet.build_detector("shapes_static"), "easy", None)
+        set_speed(dyndet.build_detector("shapes_dyn", ["head=fixed_small"]), "easy", None)

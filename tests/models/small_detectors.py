@@ -17,7 +17,7 @@ HEADS = [
     "plain_small", "fixed_small", "fine_grained_small", "coarse_small", "dyhead_small", "dyhead_towers_small",
     "dyhead_fine_grained_small", "separable_small", "none",
 ]  # fmt: skip
-ONE_STAGE = ["fcos_small", "atss_small", "retinanet_small", "freeanchor_small", "yolo_small"]
+ONE_STAGE = ["fcos_small", "atss_small", "retinanet_small", "freeanchor_small", "yolo_p5_small"]
 TWO_STAGE = ["faster_rcnn_small", "cascade_rcnn", "mask_rcnn_small"]
 SMALL = [
     "neck.channels=16", "head.depth=1", "head.num_blocks=1", "head.num_convs=1", "head.towers.depth=1",

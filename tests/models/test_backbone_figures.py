@@ -18,21 +18,25 @@ from dyndet.models.backbones.timm import TimmBackbone
 from dyndet.ops.flops import GIGA, mac_counter
 
 CONF = Path(__file__).parents[2] / "conf" / "backbone"
+R101 = "backbone.name=resnet101.tv_in1k"
+X101 = "backbone.name=resnext101_64x4d.tv_in1k"
+DEFORMABLE = "backbone.deformable_stages=[3,4,5]"
 FIGURES = {
     "resnet50": (23_508_032, 87.581),
     "resnet50_caffe": (23_508_032, None),
-    "resnet101": (42_500_160, None),
-    "resnet101_caffe": (42_500_160, None),
-    "resnext101_64x4d": (81_406_272, None),
-    "resnext101_64x4d_dcn": (89_120_874, None),
+    f"resnet50 {R101}": (42_500_160, None),
+    "resnet50_caffe backbone.name=resnet101": (42_500_160, None),
+    f"resnet50 {X101}": (81_406_272, None),
+    f"resnet50 {X101} {DEFORMABLE}": (89_120_874, None),
     "swin_tiny": (27_520_506, 99.094),
-    "swin_small": (48_838_410, None),
-    "swin_large": (195_200_820, 812.573),
+    "swin_tiny backbone.name=swin_small_patch4_window7_224.ms_in1k": (48_838_410, None),
+    "swin_tiny backbone.name=swin_large_patch4_window12_384.ms_in22k": (195_200_820, 812.573),
 }
 
 
 def backbone_of(name: str, *overrides: str) -> TimmBackbone:
-    config: DictConfig = compose_command("train", [f"backbone={name}", "backbone.weights=none", *overrides]).backbone
+    line = f"backbone={name}".split()
+    config: DictConfig = compose_command("train", [*line, "backbone.weights=none", *overrides]).backbone
     with torch.device("meta"):
         return instantiate(config).eval()
 
@@ -54,11 +58,15 @@ def test_published_figures(name: str) -> None:
 
 def test_what_deformable_stages_cost() -> None:
     """The whole detectors of the paper differ by 513.937 - 479.972 G: the offset convolutions."""
-    extra = gigamacs(backbone_of("resnext101_64x4d_dcn")) - gigamacs(backbone_of("resnext101_64x4d"))
+    extra = gigamacs(backbone_of("resnet50", X101, DEFORMABLE)) - gigamacs(backbone_of("resnet50", X101))
     assert extra == pytest.approx(513.937 - 479.972, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml") if "yolo" not in path.stem))
+FILES = [path.stem for path in CONF.glob("*.yaml") if "yolo" not in path.stem]
+NAMES = ["swin_tiny backbone.name=convnext_tiny.fb_in1k", "tiny backbone.name=tf_efficientnet_b1.aa_in1k"]
+
+
+@pytest.mark.parametrize("name", sorted({*FILES, *FIGURES, *NAMES}))
 def test_every_configured_backbone_covers_its_input(name: str) -> None:
     """Maps of ceil(side / stride) at a size that nothing divides, as necks and heads rely on; YOLO's canvas fits."""
     backbone = backbone_of(name)

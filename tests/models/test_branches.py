@@ -108,7 +108,7 @@ def test_what_is_not_read_costs_nothing(head: str) -> None:
 
     both, one, two_stage = (
         tower_cost("predictor=fcos_small"),
-        tower_cost("predictor=yolo_small"),
+        tower_cost("predictor=yolo_p5_small"),
         tower_cost("predictor=faster_rcnn_small", "detector=two_stage"),
     )
     assert one == two_stage and 2 * one[0] == both[0]
@@ -132,7 +132,7 @@ def test_a_head_without_branches_fits_predictors_that_read_all() -> None:
     outside = [f"head={{_target_: {place}, _partial_: true}}"]
     detector = build_detector(None, ["~head", "+" + outside[0]])
     assert len(detector.raw_outputs(torch.rand(1, 3, 64, 64))) == 3
-    for more in (["predictor=yolo_small"], ["predictor=faster_rcnn_small", "detector=two_stage"]):
+    for more in (["predictor=yolo_p5_small"], ["predictor=faster_rcnn_small", "detector=two_stage"]):
         with pytest.raises(UserError, match="Outside builds all branches, but this predictor reads only cls") as caught:
             build_detector(None, ["~head", "+" + outside[0], *more])
         assert "`branches`" in str(caught.value) and "\n" not in str(caught.value)
@@ -140,7 +140,7 @@ def test_a_head_without_branches_fits_predictors_that_read_all() -> None:
 
 def test_checkpoints_with_a_tower_that_nobody_read_load() -> None:
     """Earlier versions built it; nothing that was computed depended on it."""
-    options = ["data.num_classes=4", "predictor=yolo_small", "head=plain_small"]
+    options = ["data.num_classes=4", "predictor=yolo_p5_small", "head=plain_small"]
     config = compose_experiment("shapes_static", options)
     detector = build_detector("shapes_static", options)
     weights = detector.state_dict()

@@ -55,7 +55,7 @@ class Step(torch.nn.Module):
 
 
 PAIRS = [
-    ("plain_small", "yolo_small"), ("fixed_small", "faster_rcnn_small"), ("fine_grained_small", "yolo_small"),
+    ("plain_small", "yolo_p5_small"), ("fixed_small", "faster_rcnn_small"), ("fine_grained_small", "yolo_p5_small"),
     ("dyhead_fine_grained_small", "cascade_rcnn"), ("separable_small", "mask_rcnn_small"),
 ]  # fmt: skip
 

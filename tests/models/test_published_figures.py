@@ -14,6 +14,7 @@ from dyndet.routing import Routing
 from dyndet.structures import Size
 from routing_views import PathGate, routing_of
 
+R101 = "fcos_r50 backbone.name=resnet101.tv_in1k"
 UNPADDED: Size = (800, 1333)
 PADDED: Size = (800, 1344)
 LEVELS_PADDED = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]
@@ -22,7 +23,8 @@ LEVELS_PADDED = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]
 @cache
 def detector(experiment: str, *overrides: str) -> DenseDetector:
     with torch.device("meta"):
-        return build_detector(experiment, list(overrides))
+        name, *more = experiment.split()
+        return build_detector(name, [*more, *overrides])
 
 
 def parameters(experiment: str, *overrides: str) -> int:
@@ -66,11 +68,11 @@ def test_node_parameters() -> None:
     ("experiment", "size", "macs"),
     [
         ("fcos_r50", UNPADDED, 109_591_833_600),
-        ("fcos_d4", UNPADDED, 215_638_502_400),
-        ("fcos_d6", UNPADDED, 321_274_137_600),
+        ("fcos_d8 head.depth=4", UNPADDED, 215_638_502_400),
+        ("fcos_d8 head.depth=6", UNPADDED, 321_274_137_600),
         ("fcos_d8", UNPADDED, 426_909_772_800),
-        ("fcos_d4_dyn", UNPADDED, 216_871_603_200),
-        ("fcos_d6_dyn", UNPADDED, 323_123_788_800),
+        ("fcos_d8_dyn head.depth=4", UNPADDED, 216_871_603_200),
+        ("fcos_d8_dyn head.depth=6", UNPADDED, 323_123_788_800),
         ("fcos_d8_dyn", UNPADDED, 429_375_974_400),
         ("fcos_r50", PADDED, 110_083_276_800),
         ("fcos_d8", PADDED, 428_824_166_400),
@@ -84,7 +86,7 @@ def test_head_macs(experiment: str, size: Size, macs: int) -> None:
 
 
 def test_fixed_head_of_depth_two() -> None:
-    counts = count_macs(detector("fcos_d4", "head.depth=2"), UNPADDED)
+    counts = count_macs(detector("fcos_d8", "head.depth=2"), UNPADDED)
     assert counts["head"] + counts["predictor"] == 110_002_867_200
 
 
@@ -93,11 +95,11 @@ def test_fixed_head_of_depth_two() -> None:
     [
         ("fcos_r50", (), UNPADDED, 87_333_299_200),
         ("fcos_r50", ("backbone.stride_in_1x1=true",), UNPADDED, 82_401_715_200),
-        ("fcos_r101", (), UNPADDED, 166_880_896_000),
-        ("fcos_r101", ("backbone.stride_in_1x1=true",), UNPADDED, 161_949_312_000),
+        (R101, (), UNPADDED, 166_880_896_000),
+        (R101, ("backbone.stride_in_1x1=true",), UNPADDED, 161_949_312_000),
         ("fcos_r50", (), PADDED, 87_581_491_200),
         ("fcos_r50", ("backbone.stride_in_1x1=true",), PADDED, 82_626_969_600),
-        ("fcos_r101", (), PADDED, 167_129_088_000),
+        (R101, (), PADDED, 167_129_088_000),
     ],
 )
 def test_backbone_macs(experiment: str, overrides: tuple[str, ...], size: Size, macs: int) -> None:
@@ -117,7 +119,7 @@ def test_neck_macs(source: str, size: Size, macs: int) -> None:
     assert count_macs(detector("fcos_r50", f"neck.extra_source={source}"), size)["neck"] == macs
 
 
-@pytest.mark.parametrize(("experiment", "cost"), [("fcos_d8_dyn", 397.168), ("fcos_d4_dyn", 198.584)])
+@pytest.mark.parametrize(("experiment", "cost"), [("fcos_d8_dyn", 397.168), ("fcos_d8_dyn head.depth=4", 198.584)])
 def test_head_cost_in_the_papers_convention(experiment: str, cost: float) -> None:
     routing = all_open(experiment)
     assert routing.full().item() / GIBI == pytest.approx(cost, abs=1e-3)
@@ -139,7 +141,7 @@ def test_published_table_counts_scale_convolutions_twice() -> None:
 def test_whole_network_totals_of_the_paper() -> None:
     fcos = count_macs(detector("fcos_r50"), UNPADDED)["total"] / GIGA
     assert fcos == pytest.approx(216.7, rel=0.01)
-    assert count_macs(detector("fcos_r101"), UNPADDED)["total"] / GIGA == pytest.approx(296.0, rel=0.01)
+    assert count_macs(detector(R101), UNPADDED)["total"] / GIGA == pytest.approx(296.0, rel=0.01)
     # The paper swaps the plain head (98.04 GiMAC, norms counted) for the deep one in the same unit.
     plain = (8 * (589_824 + 256) * 22_300) / GIBI
     deep = 16 * (2 * 589_824 + 2 * 2_304 + 4 * 256) * 22_300 / GIBI

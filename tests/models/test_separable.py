@@ -103,9 +103,7 @@ def test_efficientdet_d1() -> None:
     A well-known implementation counts 6,625,898 with 90 classes; 3,872 of them are biases before batch norms, which
     have no effect and are left out here. Convolutions alone are 6.0 G; one more for each normalised value gives 6.1 G.
     """
-    config = compose_command(
-        "train", ["backbone=efficientnet_b1", "backbone.weights=none", "neck=bifpn", "head=separable"]
-    )
+    config = compose_command("train", ["+experiment=efficientdet_d1", "backbone.weights=none"])
     normalised = 0
 
     def count(_: nn.Module, __: Any, output: Tensor) -> None:

@@ -31,7 +31,8 @@ DYHEAD = 11_503_656
 @cache
 def published(experiment: str) -> TwoStageDetector:
     with torch.device("meta"):
-        detector = build_detector(experiment, ["backbone.stride_in_1x1=false"])
+        name, *overrides = experiment.split()
+        detector = build_detector(name, [*overrides, "backbone.stride_in_1x1=false"])
     assert isinstance(detector, TwoStageDetector)
     return detector
 
@@ -41,7 +42,7 @@ def published(experiment: str) -> TwoStageDetector:
     [
         ("faster_rcnn_r50", 53_256_712 - DYHEAD),
         ("dyhead_faster_rcnn_r50", 53_256_712),
-        ("cascade_rcnn_r50", 80_898_422 - DYHEAD),
+        ("faster_rcnn_r50 predictor=cascade_rcnn", 80_898_422 - DYHEAD),
     ],
 )
 def test_parameters(experiment: str, count: int) -> None:
@@ -55,7 +56,7 @@ def test_parameters(experiment: str, count: int) -> None:
         ("dyhead_faster_rcnn_r50", (800, 1344), 724.165),
         ("dyhead_faster_rcnn_r50", (896, 1408), 847.064),
         ("faster_rcnn_r50", (800, 1344), 724.165 - 508.233),
-        ("cascade_rcnn_r50", (800, 1344), 751.803 - 508.233),
+        ("faster_rcnn_r50 predictor=cascade_rcnn", (800, 1344), 751.803 - 508.233),
     ],
 )
 def test_macs(experiment: str, size: Size, total: float) -> None:
@@ -63,7 +64,7 @@ def test_macs(experiment: str, size: Size, total: float) -> None:
     assert counts["total"] / 1e9 == pytest.approx(total, abs=1e-3)
     assert list(counts) == ["backbone", "neck", "head", "rpn", "roi", "total"]
     if size == (800, 1344):
-        second = 95.089 if experiment.startswith("cascade") else 67.451
+        second = 95.089 if "cascade" in experiment else 67.451
         assert (counts["rpn"] + counts["roi"]) / 1e9 == pytest.approx(second, abs=1e-3)
         assert counts["neck"] / 1e9 == pytest.approx(60.899, abs=1e-3)
         assert counts["head"] / 1e9 == pytest.approx(508.233 if "dyhead" in experiment else 0, abs=1e-3)

@@ -182,9 +182,9 @@ def test_width_and_depth_scale_a_network() -> None:
 
 
 MIXES = [
-    ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_small"],
+    ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_p5_small"],
     ["backbone=yolov7_tiny", "neck=fpn_small", "predictor=fcos_small"],
-    ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_small", "detector=dynamic", "detector.first_link=0"],
+    ["backbone=yolov7_tiny", "neck=yolov7", "predictor=yolo_p5_small", "detector=dynamic", "detector.first_link=0"],
 ]
 
 
@@ -208,7 +208,7 @@ def test_other_networks_take_any_size() -> None:
 
 
 def test_the_neck_on_another_backbone() -> None:
-    parts = ["neck=yolov7", "neck.width=0.125", "neck.depth=0.5", "head=none", "predictor=yolo_small"]
+    parts = ["neck=yolov7", "neck.width=0.125", "neck.depth=0.5", "head=none", "predictor=yolo_p5_small"]
     detector = build_detector(None, parts)
     assert detector.size_divisor == 32
     assert detector.strides == [8, 16, 32]

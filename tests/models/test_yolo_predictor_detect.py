@@ -271,7 +271,7 @@ def test_presets(name: str) -> None:
 
 def test_it_learns_and_detects_behind_any_pyramid() -> None:
     torch.manual_seed(0)
-    overrides = ["head=none", "predictor=yolo_small", "neck.channels=16", "backbone.weights=none"]
+    overrides = ["head=none", "predictor=yolo_p5_small", "neck.channels=16", "backbone.weights=none"]
     detector = build_detector(None, overrides)
     assert isinstance(detector.predictor, YoloPredictor)
     boxes = torch.tensor([[4.0, 6, 26, 30], [34, 30, 60, 58]])

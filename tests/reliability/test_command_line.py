@@ -54,6 +54,7 @@ def test_without_coco_the_way_out_is_named_at_once(tmp_path: Path) -> None:
     ("name", "arguments", "words"),
     [
         ("train", ["+experiment=fcos_d8_dny"], ["fcos_d8_dny", "Did you mean 'fcos_d8_dyn'"]),
+        ("train", ["+experiment=fcos_d8_tau0_5"], ["is now: +experiment=fcos_d8_dyn_high head.activation.tau=0.5"]),
         ("train", ["budget.wieght=1"], ["budget.wieght", "budget.weight"]),
         ("train", ["backbone.weights=missing.pth"], ["missing.pth", "backbone.weights"]),
         ("train", ["data.num_classes=99"], ["num_classes"]),
@@ -68,6 +69,18 @@ def test_without_coco_the_way_out_is_named_at_once(tmp_path: Path) -> None:
 def test_mistakes_cost_one_line(tmp_path: Path, name: str, arguments: list[str], words: list[str]) -> None:
     (tmp_path / "notes.txt").write_text("no checkpoint")
     assert_one_line(command(tmp_path, name, *arguments), *words)
+
+
+@pytest.mark.slow
+def test_help_lists_what_a_user_chooses(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "neck").mkdir(parents=True)
+    (tmp_path / "mine" / "neck" / "wide.yaml").write_text("defaults: [fpn]\nchannels: 96\n")
+    result = command(tmp_path, "train", "--help", "--config-dir=mine", "neck=wide")
+    assert result.returncode == 0, result.stderr
+    groups = dict(line.split(": ") for line in result.stdout.splitlines() if ": " in line)
+    assert groups["neck"].split(", ")[-1] == "yolov7x" and "wide" in groups["neck"] and "fpn_small" in groups["neck"]
+    assert "fcos_d8_dyn" in groups["experiment"] and groups["data"] == "bccd, coco, shapes, voc, yolo"
+    assert not groups.keys() & {"convert", "size", "predictor/roi", "predictor/rpn"}
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dyndet.cli.arguments import check_arguments
+from dyndet.cli.source import CONFIG_MODULE, DyndetConfigSource
 from dyndet.errors import UserError
-
-CONFIG_MODULE = "dyndet.conf"
+from dyndet.cli.renamed import replacement
 
 
 def compose_experiment(experiment: str | None = None, overrides: Sequence[str] = ()) -> DictConfig:
@@ -95,6 +96,9 @@ def build(config: Any, **more: Any) -> Any:
             raise cause from None
         if isinstance(cause, ValueError | TypeError | ArithmeticError | FileNotFoundError | ImportError):
             where = re.search(r"full_key: (\S+)", str(error))
+            target = re.search(r"Error locating target '([^']+)'", str(error))
+            if target and (now := replacement(target.group(1))):
+                cause = f"{target.group(1)} is now {now}"
             raise UserError(f"{where.group(1) if where else 'config'}: {cause}") from error
         raise
 
@@ -117,14 +121,18 @@ def fill(config: DictConfig, changes: DictConfig, prefix: str) -> None:
 def explain(error: Exception, arguments: Sequence[str], command: str = "train") -> str:
     """One line: what in the arguments of `python -m dyndet.COMMAND` is wrong, and what was probably meant."""
     text = str(error)
-    missing = re.search(r"Could not find '([^']+)/([^'/]+)'|In '[^']*': Could not find '([^']+)/([^'/]+)'", text)
+    missing = re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
     if isinstance(error, MissingConfigException) and missing:
-        group, name = (missing.group(1) or missing.group(3)), (missing.group(2) or missing.group(4))
+        group, name = missing.groups()
+        if now := replacement(f"{group}={name}"):
+            return f"the {group} {name!r} is now: {now}"
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE) or _options(group)
         return f"there is no {group} {name!r}.{_nearest(name, options)} Available: {', '.join(sorted(options))}"
     wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if isinstance(error, ConfigCompositionException) and wrong:
         key = wrong.group(1)
+        if now := replacement(key):
+            return f"the key {key!r} is now {now!r}"
         near = _nearest(key, _keys(command, arguments, key))
         return f"there is no key {key!r} to set.{near} (--cfg job prints all keys; +{key}=... adds one)"
     missing_value = re.search(r"Missing mandatory value: (\S+)", text)
@@ -143,8 +151,7 @@ def _nearest(word: str, options: Sequence[str]) -> str:
 
 
 def _options(group: str) -> list[str]:
-    folder = files(CONFIG_MODULE).joinpath(group)
-    return [item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")]
+    return DyndetConfigSource("dyndet", "dyndet://conf").list(group, ObjectType.CONFIG)
 
 
 def _keys(command: str, arguments: Sequence[str], wrong: str) -> list[str]:

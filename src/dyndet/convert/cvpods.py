@@ -67,11 +67,11 @@ def recipe(source: Source) -> Recipe:
     note = ""
     depth = count(shapes, _SUBNET + "depth_module")
     if has(shapes, _SUBNET + "dynamic_convs"):
-        experiment = {4: "fcos_d4_dyn", 6: "fcos_d6_dyn"}.get(depth, "fcos_d8_dyn")
+        experiment = "fcos_d8_dyn"
         settings |= {"head.depth": depth, "head.norm_stats": "published"}
         note = "no tensor tells the budget's weight, which only matters for further training: set experiment=NAME"
     elif depth:
-        experiment = {4: "fcos_d4", 6: "fcos_d6"}.get(depth, "fcos_d8")
+        experiment = "fcos_d8"
         settings |= {"head.depth": depth, "head.ignore_padding": False}
     else:
         experiment = "fcos_r50"

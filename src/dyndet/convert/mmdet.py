@@ -28,12 +28,6 @@ from dyndet.errors import UserError
 
 NAME = "mmdetection"
 
-_R101 = {
-    "atss_r50": "atss_r101",
-    "dyhead_atss_r50_simple": "dyhead_atss_r101",
-    "faster_rcnn_r50": "faster_rcnn_r101",
-}
-
 _DROPPED = (
     drop(r".*\.relative_position_index", "follows from the window size"),
     drop(r"data_preprocessor\.(mean|std)", "taken over by preprocess"),
@@ -162,8 +156,9 @@ def recipe(source: Source) -> Recipe:
     elif "roi_head.bbox_head.fc_cls.weight" in shapes:
         experiment = "mask_rcnn_r50" if _MASK_LOGITS in shapes else "faster_rcnn_r50"
         if _MASK_LOGITS in shapes and has(shapes, _STAGES):
-            deep = count(shapes, _STAGES + r"2\.blocks\.(\d+)\.") == 18
-            experiment = "mask_rcnn_swins" if deep else "mask_rcnn_swint"
+            experiment = "mask_rcnn_swint"
+            if count(shapes, _STAGES + r"2\.blocks\.(\d+)\.") == 18:
+                settings["backbone.name"] = "swin_small_patch4_window7_224"
         classes = shapes["roi_head.bbox_head.fc_cls.weight"][0] - 1
         settings |= {"predictor.rpn.ignore_padding": False}
     else:
@@ -177,7 +172,6 @@ def recipe(source: Source) -> Recipe:
     name = resnet_name(shapes, r"backbone\.layer3\.(\d+)\.", "backbone.layer1.0.conv2.weight")
     if name is not None:
         settings["backbone.name"] = name
-        experiment = _R101.get(experiment, experiment) if name == "resnet101" else experiment
     rules = [
         *_DROPPED,
         *(_RESNET if name else (*_SWIN, *_swin_norms(shapes))),
