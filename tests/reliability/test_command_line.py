@@ -54,7 +54,7 @@ def test_without_coco_the_way_out_is_named_at_once(tmp_path: Path) -> None:
     ("name", "arguments", "words"),
     [
         ("train", ["+experiment=fcos_d8_dny"], ["fcos_d8_dny", "Did you mean 'fcos_d8_dyn'"]),
-        ("train", ["+experiment=fcos_d8_tau0_5"], ["is now: +experiment=fcos_d8_dyn_high head.activation.tau=0.5"]),
+        ("train", ["callbacks=[default,ema_yolo]"], ["is now: callbacks=[default,ema]"]),
         ("train", ["budget.wieght=1"], ["budget.wieght", "budget.weight"]),
         ("train", ["backbone.weights=missing.pth"], ["missing.pth", "backbone.weights"]),
         ("train", ["data.num_classes=99"], ["num_classes"]),

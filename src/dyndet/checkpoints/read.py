@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, Node
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from dyndet.checkpoints.trusted import check_stored
 from dyndet.cli.command import latest_run
+from dyndet.cli.renamed import replacement
 from dyndet.errors import UserError, reason
 from dyndet.structures import Category
 
@@ -53,6 +54,7 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", trust: bool = False)
         config = DictConfig(extra["config"])
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{path} holds a damaged configuration: {reason(error)}") from error
+    _modernise(config)
     if trust is not True:  # trust=no is a word, and true
         check_stored(config, source=path)
     prefix = "detector."
@@ -63,6 +65,19 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", trust: bool = False)
         weights,
         extra.get("calibration"),
     )
+
+
+def _modernise(node: Any) -> None:
+    """Parts that lie elsewhere since the file was written are called by their names of today."""
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        value = node._get_node(key)
+        if isinstance(value, DictConfig | ListConfig):
+            if not (value._is_none() or value._is_missing() or value._is_interpolation()):
+                _modernise(value)
+        elif key == "_target_" and isinstance(value, Node):
+            now = replacement(str(value._value()))
+            if now is not None:
+                node[key] = now
 
 
 def write_calibration(path: str | Path, calibration: dict[str, Any], out: str | Path | None = None) -> Path:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dyndet.cli.compose import config_source, explain
+from dyndet.cli.renamed import current
 from dyndet.errors import UserError
 
 _HARMLESS = (
@@ -53,6 +54,10 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     Set HYDRA_FULL_ERROR=1 to see the whole traceback of such a mistake.
     """
+    if config_name == "train":
+        sys.argv[1:], notes = current(sys.argv[1:])
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions through to the handler below

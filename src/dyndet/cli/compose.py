@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -18,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dyndet.cli.arguments import check_arguments
-from dyndet.cli.source import CONFIG_MODULE, DyndetConfigSource
+from dyndet.cli.config_source import CONFIG_MODULE, DyndetConfigSource
+from dyndet.cli.renamed import current, replacement
 from dyndet.errors import UserError
-from dyndet.cli.renamed import replacement
 
 
 def compose_experiment(experiment: str | None = None, overrides: Sequence[str] = ()) -> DictConfig:
@@ -39,9 +40,15 @@ def compose_experiment(experiment: str | None = None, overrides: Sequence[str] =
 def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
     """The configuration of `python -m dyndet.COMMAND arguments...`, inside or outside a running command.
 
+    Names of experiments and options that were given up are replaced, with a warning.
+
     Raises:
         UserError: on an unknown key or option.
     """
+    if command == "train":
+        arguments, notes = current(arguments)
+        for note in notes:
+            warnings.warn(note, FutureWarning, stacklevel=2)
     try:
         return _compose(command, arguments)
     except (HydraException, OmegaConfBaseException) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _HIGH = "+experiment=fcos_d8_dyn_high"
 _R101 = "backbone.name=resnet101.tv_in1k"
 _X101 = "backbone.name=resnext101_64x4d.tv_in1k"
@@ -89,6 +91,20 @@ RENAMED: dict[str, str] = {
     "dyndet.models.yolo.neck": "dyndet.models.necks.yolov7_pan",
 }
 """From `GROUP=NAME`, a key (`head.old_name`) or the module path of a `_target_` to what replaces it."""
+
+
+def current(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line arguments with experiments and options by their names of today, and a line on each that was not.
+
+    Args:
+        arguments: for instance ["+experiment=fcos_d4", "head=coarse"]; keys and lists of options stay as they are.
+    """
+    now, notes = [], []
+    for argument in arguments:
+        new = RENAMED.get(argument.lstrip("+"))
+        now += [argument] if new is None else new.split()
+        notes += [] if new is None else [f"{argument} is now: {new}"]
+    return now, notes
 
 
 def replacement(old: str) -> str | None:
