@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from dyndet.checkpoints.read import Checkpoint, read_checkpoint
 from dyndet.cli.compose import build, compose_experiment
 from dyndet.errors import UserError
-from dyndet.models.detectors.base import Detector
+from dyndet.models.detectors.base import Detector, SwitchableHead
 from dyndet.models.fuse import fused
+from dyndet.ops.sparse.impl import Impl
 from dyndet.speeds.set import Calibration, set_speed
 
 
@@ -65,12 +67,9 @@ def detector_from(
     config = saved.config.copy()
     if "weights" in config.backbone:
         config.backbone.weights = "none"
-    if impl is not None:
-        head = config.head.get("towers") or config.head  # of a chain, the towers route
-        if "impl" not in head:
-            raise UserError(f"impl={impl}: the head of {config.name} has no sparse operations")
-        head.impl = impl
     detector: Detector = build(config.detector)
+    if impl is not None:
+        _execute(detector, impl)
     detector.load_state_dict(_read(saved.weights, detector))
     if config.channels_last:  # as in training, so that the numbers are the same to the last bit
         nn.Module.to(detector, memory_format=torch.channels_last)
@@ -84,3 +83,15 @@ def _read(weights: dict[str, Tensor], detector: Detector) -> dict[str, Tensor]:
     known = detector.state_dict().keys()
     idle = re.compile(r"(?:.+\.)?head\.(?:towers\.)?reg\..+")
     return {name: value for name, value in weights.items() if name in known or not idle.fullmatch(name)}
+
+
+def _execute(detector: Detector, impl: str) -> None:
+    """Sets the execution of all sparse operations."""
+    heads = [module for module in detector.modules() if isinstance(module, SwitchableHead)]
+    if not heads:
+        raise UserError(f"impl={impl}: this detector's head has no sparse operations")
+    try:
+        for head in heads:
+            head.execute(cast(Impl, impl))
+    except ValueError as error:
+        raise UserError(f"impl={impl}: {error}") from error

@@ -27,11 +27,9 @@ from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
-from dyndet.models.detectors.base import Detector
+from dyndet.models.detectors.base import Detector, GatedHead, routed_part
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
-from dyndet.models.heads.chain import routed_part
-from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.speeds.plot import speed_plot
 from dyndet.speeds.set import Calibration, Point, cascade_settings, easiness_of
 from dyndet.speeds.splits import BothWays, Split, go_both_ways
@@ -95,7 +93,7 @@ def _gates(
     detector: Detector, data: DetectionDataModule, single: Sequence[ImageBatch], thresholds: Sequence[float]
 ) -> Calibration:
     head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
-    if not isinstance(head, FineGrainedHead):
+    if not isinstance(head, GatedHead):
         raise UserError("this detector has one speed only, as it has neither a router nor gates: nothing to calibrate")
     static = StaticCosts(detector)
     device = next(detector.parameters()).device
@@ -110,7 +108,7 @@ def _gates(
         report = meter.compute()
         macs.append(report.total.mean)
         images = report.images
-    settings = {str(step): (lambda step=step: cast(FineGrainedHead, head).close_below(step)) for step in steps}
+    settings = {str(step): (lambda step=step: cast(GatedHead, head).close_below(step)) for step in steps}
     latency = time_detections(detector, single, settings) if single else {}
     points = [Point(step, spent, latency.get(str(step))) for step, spent in zip(steps, macs, strict=True)]
     table = Table("gates close up to", "GMAC", "ms")

@@ -26,11 +26,9 @@ from dyndet.lightning.callbacks import Collect, Progress
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.compute import ComputeReport
 from dyndet.metrics.export import write_results
-from dyndet.models.detectors.base import Detector
+from dyndet.models.detectors.base import Detector, TwinnedHead, routed_part
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
-from dyndet.models.heads.chain import routed_part
-from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.report.summary import print_summary
 from dyndet.speeds.set import cascade_settings
 from dyndet.speeds.timing import device_name, time_detections, time_head
@@ -48,8 +46,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
     detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse)
     head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
-    if config.timing and not isinstance(head, FineGrainedHead):
-        raise UserError(f"timing={config.timing}: this detector's head has no sparse execution to compare")
+    if config.timing and not isinstance(head, TwinnedHead):
+        raise UserError(f"timing={config.timing}: this detector's head has no fixed twin to compare its time with")
     module = DetectionModule(detector, categories=data.categories)
     collected = Collect(data.categories)
     precision = config.trainer.precision or saved.config.trainer.precision
@@ -94,8 +92,7 @@ def _compare(
 ) -> dict[str, float]:
     """Prints the head's time against that of its fixed twin, next to its multiply-adds; returns it as a metric."""
     impl = config.impl or "auto"
-    head = cast(FineGrainedHead, routed_part(detector.head))
-    timing = time_head(detector.eval(), head, islice(data.val_dataloader(), config.timing), impl=impl)
+    timing = time_head(detector.eval(), islice(data.val_dataloader(), config.timing), impl=impl)
     computed = report.executed / report.full.mean
     print(f"head: open gates use {report.ratio:.1%} of its full MACs, {computed:.1%} are computed, in "
           f"{timing.ratio:.1%} of the time of the fixed head (impl={impl}, {timing.batches} batches)")  # fmt: skip

@@ -307,7 +307,7 @@ def test_mistakes_are_named(init: Path, routed: Path, calibrated: tuple[Path, Ca
     with pytest.raises(UserError, match="not slower when calibrated"):
         slow_first = Calibration([Point(0.0, 1e9, 14.0), Point(0.0, 2e9, 12.0)], [0.0, 1.0])
         set_speed(dyndet.load_detector(calibrated[0]), "latency_ms:13", slow_first)
-    with pytest.raises(UserError, match="no sparse execution"):
+    with pytest.raises(UserError, match="no fixed twin"):
         keys = [f"ckpt={calibrated[0]}", f"output_dir={tmp_path}", "trainer.accelerator=cpu", "timing=2"]
         evaluate(compose_command("evaluate", keys))
     with pytest.raises(UserError, match="exact_median"):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import dyndet
+from dyndet.models.detectors.base import routed_part
 from dyndet.models.detectors.pyramid import PyramidDetector
-from dyndet.models.heads.chain import HeadChain, routed_part
+from dyndet.models.heads.chain import HeadChain
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.speeds import timing
@@ -38,7 +39,7 @@ def test_head_and_twin_take_turns_on_the_same_features(
     handle = torch.nn.modules.module.register_module_forward_hook(count)  # type: ignore[arg-type]
     batches = [Batch(ImageBatch.of(torch.rand(1, 3, 64, 64), 32), []) for _ in range(2)]
     try:
-        found = timing.time_head(detector, head, batches, impl="gather", rounds=2)
+        found = timing.time_head(detector, batches, impl="gather", rounds=2)
     finally:
         handle.remove()
     assert (found.ratio, found.batches, found.impl) == (0.75, 2, "gather")

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 
 from dyndet.errors import UserError
-from dyndet.models.detectors.base import Detector
+from dyndet.models.detectors.base import Detector, GatedHead, routed_part
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
-from dyndet.models.heads.chain import routed_part
-from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.speeds.splits import quantile
 
 FORMS = "hard_fraction:0.5, macs:60e9, latency_ms:12, threshold:0.43, easy or hard"
@@ -85,7 +83,7 @@ def set_speed(detector: Detector, speed: str, calibration: Calibration | None) -
         detector.threshold = _cascade_threshold(kind, value, speed, calibration)
         return f"speed {speed}: hard below an easiness of {easiness_of(detector.threshold):.4f}"
     head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
-    if not isinstance(head, FineGrainedHead):
+    if not isinstance(head, GatedHead):
         raise UserError(f"speed={speed}: this detector has one speed only, as it has neither a router nor gates")
     if kind == "hard_fraction":
         raise UserError(f"speed={speed} is for cascades; gates take macs, latency_ms, threshold, easy or hard")

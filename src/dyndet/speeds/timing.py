@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dyndet.models.detectors.base import Detector
+from dyndet.errors import UserError
+from dyndet.models.detectors.base import ChainedHead, Detector, SwitchableHead, TwinnedHead, routed_part
 from dyndet.models.detectors.pyramid import PyramidDetector
-from dyndet.models.heads.chain import HeadChain
-from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.ops.sparse import Impl
 from dyndet.structures import Batch, ImageBatch
 
@@ -34,27 +33,30 @@ class HeadTiming:
 
 
 @torch.no_grad()
-def time_head(
-    detector: PyramidDetector, head: FineGrainedHead, batches: Iterable[Batch], *, impl: Impl, rounds: int = 3
-) -> HeadTiming:
-    """Times the head of a detector on batches, in turn with its fixed twin on the same features.
+def time_head(detector: PyramidDetector, batches: Iterable[Batch], *, impl: Impl, rounds: int = 3) -> HeadTiming:
+    """Times the head of a detector, of a chain the part that routes, in turn with its fixed twin on the same features.
 
     Args:
         detector: in eval mode.
-        head: its head, or the part that routes of a chain of heads.
         batches: real data, since the masks decide.
-        impl: the execution of the head.
+        impl: the execution of the head, where it has several.
         rounds: pairs per batch; the first pair of all warms up and is dropped.
+
+    Raises:
+        UserError: if the head has no fixed twin.
     """
+    head = routed_part(detector.head)
+    if not isinstance(head, TwinnedHead):
+        raise UserError("this detector's head has no fixed twin to compare its time with")
     heads = {"routed": head, "fixed": head.fixed_twin()}
-    before = head.execute(impl)
+    before = head.execute(impl) if isinstance(head, SwitchableHead) else None
     ratios = []
     try:
         warm = False
         for batch in batches:
             features, valid = detector.pyramid(batch.images)
-            if isinstance(detector.head, HeadChain):
-                features = detector.run_part("head", detector.head.attention, features, valid).cls
+            if isinstance(detector.head, ChainedHead):
+                features = detector.run_part("head", detector.head.lead, features, valid)
             pairs = []
             for _ in range(rounds + (not warm)):
                 seconds = {}
@@ -68,7 +70,8 @@ def time_head(
             ratios.append(statistics.median(pairs[not warm :]))
             warm = True
     finally:
-        head.execute(before)
+        if isinstance(head, SwitchableHead) and before is not None:
+            head.execute(before)
     return HeadTiming(statistics.median(ratios), len(ratios), impl)
 
 

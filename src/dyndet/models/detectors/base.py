@@ -1,18 +1,38 @@
-"""What a detector is, and what its parts are: everything outside the models relies on this page alone."""
+"""What a detector is, and what its parts are: everything outside the models relies on this page alone.
+
+Dynamic heads may offer more than `Head`: `GatedHead`, `TwinnedHead`, and `SwitchableHead`, whose sparse operations have
+several executions. Commands ask for these, never for a class.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from dyndet.models.budget import Budget
 from dyndet.models.preprocess import Preprocess
+from dyndet.ops.sparse.impl import SwitchableHead
 from dyndet.routing import Routes, Routing
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Target
+
+__all__ = [
+    "Branch",
+    "ChainedHead",
+    "Detector",
+    "FeatureMaps",
+    "GatedHead",
+    "Head",
+    "Images",
+    "Predictor",
+    "RawMaps",
+    "SwitchableHead",
+    "TwinnedHead",
+    "routed_part",
+]
 
 RawMaps = list[dict[str, Tensor]]
 """Per level, the predictor's maps by name."""
@@ -47,6 +67,48 @@ class Head(Protocol):
     """
 
     def __call__(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput: ...
+
+
+@runtime_checkable
+class GatedHead(Protocol):
+    """A head with gates that a threshold closes: one trained head at many speeds."""
+
+    @property
+    def gate_threshold(self) -> float:
+        """Gates that are open less than this, or just so, close; 0 leaves them as they learned."""
+        ...
+
+    def close_below(self, threshold: float) -> None:
+        """Sets `gate_threshold`, which lies between 0 and 1."""
+        ...
+
+
+@runtime_checkable
+class TwinnedHead(Protocol):
+    """A head that knows its fixed twin: without gates, otherwise the same, to compare its time with."""
+
+    def fixed_twin(self) -> nn.Module:
+        """Takes what the head takes; in eval mode."""
+        ...
+
+
+@runtime_checkable
+class ChainedHead(Protocol):
+    """A head that ends with another one, the only part of it that may route: `dyndet.models.heads.chain.HeadChain`."""
+
+    @property
+    def routed(self) -> Head:
+        """The last part."""
+        ...
+
+    def lead(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """What the last part is given."""
+        ...
+
+
+def routed_part(head: Head) -> Head:
+    """The part that may route: of a chain its last one, otherwise the head itself."""
+    return head.routed if isinstance(head, ChainedHead) else head
 
 
 class Predictor(Protocol):

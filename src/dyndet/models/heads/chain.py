@@ -41,9 +41,13 @@ class HeadChain(nn.Module):
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
         """L x (B, C, H, W) -> what the towers make of the attended maps."""
-        return self.towers(self.attention(features, valid).cls, valid)
+        return self.towers(self.lead(features, valid), valid)
 
+    @property
+    def routed(self) -> Head:
+        """The towers: the part that may route, see `ChainedHead`."""
+        return self.towers
 
-def routed_part(head: Head) -> Head:
-    """The part that may route: of a chain its towers, otherwise the head itself."""
-    return head.towers if isinstance(head, HeadChain) else head
+    def lead(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The attended maps, L x (B, C, H, W)."""
+        return self.attention(features, valid).cls
