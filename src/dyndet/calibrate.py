@@ -1,7 +1,8 @@
 """`python -m dyndet.calibrate ckpt=FILE [images=200] [latency_images=16]`: one model, any speed.
 
 Measures what a trained detector costs at its speeds and keeps it in the checkpoint; from then on every command takes
-`speed=...`, see `dyndet.speeds.set`. Of a cascade it also prints and draws AP at every split between its two routes.
+`speed=...`, see `dyndet.speeds.set`. Of a dynamic detector it also prints and draws AP at every
+split between its two routes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dyndet.models.detectors.base import Detector, GatedHead, routed_part
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.speeds.plot import speed_plot
-from dyndet.speeds.set import Calibration, Point, cascade_settings, easiness_of
+from dyndet.speeds.set import Calibration, Point, difficulty_of, route_settings
 from dyndet.speeds.splits import BothWays, Split, go_both_ways
 from dyndet.speeds.timing import device_name, time_detections
 from dyndet.structures import ImageBatch
@@ -53,7 +54,7 @@ def calibrate(config: DictConfig) -> Calibration:
     folder.mkdir(parents=True, exist_ok=True)
     single = data.single_images(config.latency_images)
     if isinstance(detector, DynamicDetector):
-        calibration = _cascade(detector, data, single, folder)
+        calibration = _routes(detector, data, single, folder)
     else:
         calibration = _gates(detector, data, single, config.thresholds)
     file = write_calibration(config.ckpt, calibration.as_dict(), config.out)
@@ -61,25 +62,26 @@ def calibrate(config: DictConfig) -> Calibration:
     return calibration
 
 
-def _cascade(
+def _routes(
     detector: DynamicDetector, data: DetectionDataModule, single: Sequence[ImageBatch], folder: Path
 ) -> Calibration:
     if detector.router is None:
-        raise UserError("this cascade has no router yet: train one with +router=exact init=CHECKPOINT")
+        raise UserError("this dynamic detector has no router yet: train one with +router=exact init=CHECKPOINT")
     static = StaticCosts(detector)
     device = next(detector.parameters()).device
     batches = track(data.val_dataloader(), description="both routes")
     ways = BothWays.joined([go_both_ways(detector, static, batch.to(device)) for batch in batches])
     splits = ways.curve(data.categories, [step / 10 for step in range(11)])
 
-    settings = cascade_settings(detector)
+    settings = route_settings(detector)
     ends = {name: settings[name] for name in ("easy", "hard")}
     latency = time_detections(detector, single, ends) if single else {}
     points = [
         Point(split.threshold, split.macs, latency.get(name))
         for name, split in (("easy", splits[0]), ("hard", splits[-1]))
     ]
-    calibration = Calibration(points, ways.easiness.sort().values.tolist(), device_name(detector), len(ways.easiness))
+    logits = ways.difficulty.sort().values.tolist()
+    calibration = Calibration(points, logits, device_name(detector), len(logits))
     _print_splits(splits, calibration)
     correlation = ways.rank_correlation()
     print(f"difficulty against L1 - L2: Spearman's rank correlation {correlation:.3f}")
@@ -120,13 +122,13 @@ def _gates(
 
 def _print_splits(splits: Sequence[Split], calibration: Calibration) -> None:
     easy, hard = calibration.points
-    table = Table("hard", "easiness below", "GMAC", "ms", "AP", "AP50")
+    table = Table("hard", "difficulty above", "GMAC", "ms", "AP", "AP50")
     for split in splits:
         latency = None
         if easy.latency_ms is not None and hard.latency_ms is not None:
             latency = easy.latency_ms + split.fraction * (hard.latency_ms - easy.latency_ms)
         table.add_row(
-            f"{split.fraction:.1%}", f"{easiness_of(split.threshold):.4f}",
+            f"{split.fraction:.1%}", f"{difficulty_of(split.threshold):.4f}",
             f"{split.macs / 1e9:.3f}", _number(latency), f"{split.ap:.3f}", f"{split.ap50:.3f}",
         )  # fmt: skip
     Console().print(table)

@@ -30,7 +30,7 @@ from dyndet.models.detectors.base import Detector, TwinnedHead, routed_part
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
 from dyndet.report.summary import print_summary
-from dyndet.speeds.set import cascade_settings
+from dyndet.speeds.set import route_settings
 from dyndet.speeds.timing import device_name, time_detections, time_head
 
 
@@ -75,11 +75,11 @@ def evaluate(config: DictConfig) -> dict[str, float]:
 
 
 def _latency(detector: Detector, data: DetectionDataModule, count: int) -> dict[str, float]:
-    """Prints how long single images take, a cascade's between those of its two routes; returns it as metrics."""
+    """Prints how long single images take, of two routes both ends as well; returns it as metrics."""
     images = data.single_images(count)
     settings: dict[str, Callable[[], None]] = {"now": lambda: None}
     if isinstance(detector, DynamicDetector) and detector.router is not None:
-        settings = cascade_settings(detector)
+        settings = route_settings(detector)
     times = time_detections(detector.eval(), images, settings)
     settings["now"]()
     ends = f"; all easy {times['easy']:.2f}, all hard {times['hard']:.2f}" if "easy" in times else ""

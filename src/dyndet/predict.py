@@ -67,11 +67,11 @@ def predict(config: DictConfig) -> Path:
 
 
 def _way(routing: Routing | Routes | None) -> dict[str, Any]:
-    """Through a cascade, of a single image."""
+    """Through a dynamic detector, of a single image."""
     if not isinstance(routing, Routes):
         return {}
     way = {"route": "hard" if bool(routing.hard[0]) else "easy"}
-    return way if routing.easiness is None else way | {"difficulty": 1 - float(routing.easiness[0].sigmoid())}
+    return way if routing.difficulty is None else way | {"difficulty": float(routing.difficulty[0].sigmoid())}
 
 
 def _rows(found: Detections, categories: list[Category]) -> list[dict[str, Any]]:

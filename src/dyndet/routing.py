@@ -257,17 +257,17 @@ def _wide(values: Tensor) -> torch.dtype:
 
 @dataclass
 class Routes:
-    """Which way every image of a batch took through a cascade.
+    """Which of the two ways every image of a batch took.
 
     Attributes:
         hard: (B,) bool on the CPU: the second detector's answer was asked for.
-        easiness: (B,) logits of the router on the CPU; difficulty is 1 - sigmoid. None where no router was asked.
+        difficulty: (B,) logits of the router on the CPU. None where no router was asked.
         first: what the first detector's head decided on its images, those that are not hard, in their order.
         second: what the second's decided on the hard ones.
     """
 
     hard: Tensor
-    easiness: Tensor | None = None
+    difficulty: Tensor | None = None
     first: Routing | None = None
     second: Routing | None = None
 

@@ -54,7 +54,7 @@ def train(config: DictConfig) -> dict[str, float]:
         nn.Module.to(module, memory_format=torch.channels_last)
     if config.compile:
         if isinstance(module.detector, DynamicDetector):
-            raise UserError("compile=true: a cascade runs its backbones stage by stage; leave it false")
+            raise UserError("compile=true: a dynamic detector runs its backbones stage by stage; leave it false")
         for name in ("backbone", "neck"):  # static graphs; the head routes
             module.detector.get_submodule(name).compile()
     loggers, callbacks = (

@@ -197,7 +197,7 @@ def test_networks_compute_the_same(model: str) -> None:
         for level, expected in zip(ours, theirs, strict=True):
             assert expected.std() > 0.01
             torch.testing.assert_close(level["pred"], expected, rtol=1e-9, atol=1e-9)
-    easiness = detector.easiness(detector.pooled(seen)).sigmoid()
+    easiness = torch.sigmoid(-detector.difficulty(detector.pooled(seen)))
     torch.testing.assert_close(easiness, network.easiness(first), rtol=0, atol=1e-6)  # pooled in single precision
     if network.cross:  # without it the outputs are others
         detector.cross = None
@@ -251,7 +251,7 @@ def test_wrong_files(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = weights_of("dy_yolov7")
     refused({name: value for name, value in whole.items() if not name.startswith("model_h2")}, "is it whole?")
     other = {name.replace("model_h2.54", "model_h2.60"): value for name, value in whole.items()}
-    refused(other, "no cascade", "model_h2.60", "54, 62, 71")
+    refused(other, "no detector of DynamicDet", "model_h2.60", "54, 62, 71")
     refused({name.replace(".bn.", ".conv."): value for name, value in whole.items()}, "norms folded")
     refused({name: value for name, value in whole.items() if name != "model_h2.54.anchors"}, "lacks", "54.anchors")
     refused(whole | {"model_h2.54.anchors": torch.ones(3, 3, 2)}, "two sets of anchors")

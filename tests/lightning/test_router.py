@@ -229,12 +229,12 @@ def test_calibration_travels_with_the_checkpoint(calibrated: tuple[Path, Calibra
     assert saved.calibration is not None and Calibration.of(saved.calibration) == calibration
     easy, hard = calibration.points
     assert easy.latency_ms and hard.latency_ms and easy.macs < hard.macs
-    assert len(calibration.easiness) == calibration.images == 10
+    assert len(calibration.difficulty) == calibration.images == 10
     detector = dyndet.load_detector(file)
     assert isinstance(detector, DynamicDetector)
     ends = [Point(0.0, 1e9, 10.0), Point(0.0, 2e9, 20.0)]  # a busy machine may find the hard route faster
     set_speed(detector, "latency_ms:15", replace(calibration, points=ends))
-    assert sum(value < detector.threshold for value in calibration.easiness) == 5
+    assert sum(value > detector.threshold for value in calibration.difficulty) == 5
     report = json.loads((file.parents[1] / "calibration.json").read_text())
     assert [row["fraction"] for row in report["splits"]] == [step / 10 for step in range(11)]
     assert -1 <= report["spearman"] <= 1
@@ -298,7 +298,7 @@ def test_mistakes_are_named(init: Path, routed: Path, calibrated: tuple[Path, Ca
         step2(tmp_path, init, "head.num_convs=2")
     with pytest.raises(UserError, match=r"no checkpoint at .* set init to"):
         step2(tmp_path, tmp_path / "nothing.ckpt")
-    with pytest.raises(UserError, match="only a cascade"):
+    with pytest.raises(UserError, match="only a dynamic detector"):
         train(compose_experiment("shapes_dyn", ["+router=exact", f"init={init}", f"output_dir={tmp_path}"]))
     with pytest.raises(UserError, match=r"those of step 1 are given as init"):
         step2(tmp_path / "a", init, f"ckpt_path={init}")
@@ -332,7 +332,7 @@ def test_gates_have_speeds_too() -> None:
         assert detector.head.gate_threshold == pytest.approx(threshold)  # type: ignore[attr-defined]
         shares.append(used() / full)
     assert shares[0] == 1 and shares[-1] == 0 and shares == sorted(shares, reverse=True)
-    with pytest.raises(UserError, match="for cascades"):
+    with pytest.raises(UserError, match="for dynamic detectors"):
         set_speed(detector, "hard_fraction:0.5", calibration)
     with pytest.raises(UserError, match="one speed only"):
         set_speed(dyndet.build_detector("shapes_dyn", ["head=fixed_small"]), "easy", None)

@@ -125,7 +125,7 @@ def difficulties(ckpt: Path, source: Path, out: Path, *keys: str) -> dict[str, t
     return {Path(row["file"]).name: (row["route"], row["difficulty"]) for row in rows}
 
 
-def test_difficulty_is_what_easiness_leaves(tmp_path: Path) -> None:
+def test_difficulty_is_what_the_router_is_asked_for(tmp_path: Path) -> None:
     config = composed("shapes_dy_tiny", "+router=exact", "init=x")
     detector = cascade(config)
     assert detector.router is not None
@@ -133,7 +133,7 @@ def test_difficulty_is_what_easiness_leaves(tmp_path: Path) -> None:
     nn.init.constant_(detector.router.out.bias, math.log(0.8 / 0.2))
     ckpt = saved(tmp_path / "routed.ckpt", config, detector)
     Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
-    for threshold, route in ((0.7, "easy"), (0.9, "hard")):
+    for threshold, route in ((0.3, "easy"), (0.1, "hard")):
         found = difficulties(ckpt, tmp_path / "a.png", tmp_path / route, f"speed=threshold:{threshold}", "gates=true")
         assert found == {"a.png": (route, pytest.approx(0.2))}
 
@@ -170,15 +170,15 @@ def test_calibrated_scores_are_those_of_single_images(photos: Path, tmp_path: Pa
     def calibrated(name: str, *keys: str) -> tuple[Path, Tensor]:
         options = [f"ckpt={ckpt}", f"out={tmp_path / name}", f"output_dir={tmp_path}", "latency_images=0", "device=cpu"]
         calibration = calibrate(compose_command("calibrate", [*options, *keys]))
-        return tmp_path / name, torch.tensor(calibration.easiness).sigmoid()
+        return tmp_path / name, torch.tensor(calibration.difficulty).sigmoid()
 
     file, alone = calibrated("alone.ckpt")
     found = difficulties(file, photos, tmp_path / "out", "speed=hard_fraction:0.5")
-    easiness = torch.tensor(sorted(1 - difficulty for _, difficulty in found.values()))
-    torch.testing.assert_close(alone, easiness, rtol=0, atol=1e-5)
+    expected = torch.tensor(sorted(difficulty for _, difficulty in found.values()))
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-5)
     assert [route for route, _ in found.values()].count("hard") == 2
     together = calibrated("together.ckpt", "data.batch_size=4")[1]  # on one canvas
-    assert float((together - easiness).abs().max()) > 1e-3
+    assert float((together - expected).abs().max()) > 1e-3
 
 
 def test_the_folded_network_is_what_is_counted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Accuracy against compute over the splits of a cascade."""
+"""Accuracy against compute over the splits of a dynamic detector."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from dyndet.api import build_detector
 from dyndet.metrics.static import StaticCosts
 from dyndet.models.detectors.dynamic import DynamicDetector
+from dyndet.speeds.set import Calibration, Point
 from dyndet.speeds.splits import BothWays, go_both_ways, quantile, spearman
 from dyndet.structures import Batch, Category, Detections, ImageBatch, Target
 
@@ -26,8 +27,22 @@ def test_rank_correlation_by_hand() -> None:
 
 def test_thresholds() -> None:
     scores = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
-    assert quantile(scores, 0) == -math.inf and quantile(scores, 1) == math.inf
-    assert quantile(scores, 0.5) == 2 and quantile(scores, 0.6) == pytest.approx(2.4)
+    assert quantile(scores, 0) == math.inf and quantile(scores, 1) == -math.inf
+    assert quantile(scores, 0.5) == 2 and quantile(scores, 0.6) == pytest.approx(1.6)
+
+
+def test_splits_are_those_of_published_scores() -> None:
+    """These are easiness, the negative: hard lies below a quantile there, above one here, the same images to a tie."""
+    easiness = torch.randn(40, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    for fraction in [step / 40 for step in range(1, 40)]:
+        published = easiness < float(torch.quantile(easiness.double(), fraction))
+        assert torch.equal(-easiness > quantile(-easiness, fraction), published)
+    calibration = {"points": [{"threshold": -math.inf, "macs": 1.0}, {"threshold": math.inf, "macs": 2.0}]}
+    stored = Calibration.of({**calibration, "easiness": easiness.sort().values.tolist(), "device": "a", "images": 40})
+    assert stored.difficulty == (-easiness).sort().values.tolist() and stored.images == 40
+    assert [point.threshold for point in stored.points] == [math.inf, -math.inf]
+    gates = Calibration.of({"points": [{"threshold": 0.5, "macs": 1.0}], "easiness": [], "device": "", "images": 2})
+    assert gates == Calibration([Point(0.5, 1.0)], images=2)
 
 
 def found(right: bool, macs: float) -> Detections:
@@ -35,9 +50,9 @@ def found(right: bool, macs: float) -> Detections:
     return Detections(torch.tensor([box]), torch.tensor([0.9]), torch.tensor([0]), macs=macs)
 
 
-def both_ways(easiness: list[float], first_right: list[bool]) -> BothWays:
+def both_ways(difficulty: list[float], first_right: list[bool]) -> BothWays:
     """The second detector always finds the object, the first one on some images."""
-    count = len(easiness)
+    count = len(difficulty)
     target = Target(
         torch.tensor([[10.0, 10, 50, 50]]), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
     )
@@ -45,13 +60,13 @@ def both_ways(easiness: list[float], first_right: list[bool]) -> BothWays:
         Target(target.boxes, target.labels, target.crowd, image_id=i, original_size=(100, 100)) for i in range(count)
     ]
     return BothWays(
-        torch.tensor(easiness), [found(right, 1.0) for right in first_right], [found(True, 3.0)] * count, targets,
+        torch.tensor(difficulty), [found(right, 1.0) for right in first_right], [found(True, 3.0)] * count, targets,
         torch.full((count, 2), 100), torch.tensor([0.0 if right else 1.0 for right in first_right]),
     )  # fmt: skip
 
 
 def test_a_perfect_router_needs_only_the_images_that_the_first_detector_misses() -> None:
-    ways = both_ways([0.9, 0.1, 0.8, 0.2], [True, False, True, False])
+    ways = both_ways([0.1, 0.9, 0.2, 0.8], [True, False, True, False])
     splits = ways.curve([Category(1, "a")], [0, 0.5, 1])
     assert [split.fraction for split in splits] == [0, 0.5, 1]
     assert [split.macs for split in splits] == [1, 2, 3]
@@ -74,5 +89,5 @@ def test_masks_are_not_kept() -> None:
 
 
 def test_a_bad_router_spends_without_gain() -> None:
-    splits = both_ways([0.1, 0.9, 0.2, 0.8], [True, False, True, False]).curve([Category(1, "a")], [0.5])
+    splits = both_ways([0.9, 0.1, 0.8, 0.2], [True, False, True, False]).curve([Category(1, "a")], [0.5])
     assert splits[0].ap < 0.6 and splits[0].macs == 2

@@ -46,13 +46,13 @@ def some_images(sizes: list[tuple[int, int]]) -> ImageBatch:
 
 
 def split_evenly(detector: DynamicDetector, images: ImageBatch) -> Tensor:
-    """Puts the threshold at the median score; the easiness of every image."""
-    easiness = detector.detect_by(images)[1].easiness
-    assert easiness is not None
-    ordered = easiness.sort().values
+    """Puts the threshold at the median score; the difficulty of every image."""
+    difficulty = detector.detect_by(images)[1].difficulty
+    assert difficulty is not None
+    ordered = difficulty.sort().values
     middle = len(ordered) // 2
     detector.threshold = float(ordered[middle - 1 : middle + 1].mean())
-    return easiness
+    return difficulty
 
 
 @contextmanager
@@ -115,13 +115,13 @@ def test_only_the_chosen_route_runs(kind: str) -> None:
     detector = build(*EXPERIMENTS[kind])
     images = some_images([(96, 128)] * 3)
     for threshold, runs, rests in (
-        (-math.inf, ("first.neck", "first.predictor"), ("second", "links")),
-        (math.inf, ("second.neck", "second.predictor", "links"), ("first.neck", "first.head", "first.predictor")),
+        (math.inf, ("first.neck", "first.predictor"), ("second", "links")),
+        (-math.inf, ("second.neck", "second.predictor", "links"), ("first.neck", "first.head", "first.predictor")),
     ):
         detector.threshold = threshold
         with calls_of(detector) as called:
             _, routes = detector.detect_with_routing(images)
-        assert routes.hard.tolist() == [threshold > 0] * 3
+        assert routes.hard.tolist() == [threshold < 0] * 3
         assert any(name.startswith("first.backbone") for name in called) and "router" in called
         for part in runs:
             assert any(name.startswith(part) for name in called), part
@@ -135,10 +135,10 @@ def test_both_ends_are_exact_whatever_the_router_says() -> None:
     assert detector.router is not None
     for bias in (-1e4, 1e4, math.inf, -math.inf):
         nn.init.constant_(detector.router.out.bias, bias)
-        detector.threshold = -math.inf
+        detector.threshold = math.inf
         assert not detector.detect_with_routing(images)[1].hard.any()
         if bias != math.inf:
-            detector.threshold = math.inf
+            detector.threshold = -math.inf
             assert detector.detect_with_routing(images)[1].hard.all()
 
 
@@ -146,7 +146,7 @@ def test_without_a_router_every_image_is_hard() -> None:
     detector = build_detector("shapes_dy_tiny")
     assert isinstance(detector, DynamicDetector) and detector.router is None
     _, routes = detector.detect_with_routing(some_images([(64, 64)] * 2))
-    assert routes.hard.all() and routes.easiness is None
+    assert routes.hard.all() and routes.difficulty is None
 
 
 @pytest.mark.parametrize("kind", ["fcos", "fine_grained"])
@@ -274,7 +274,7 @@ def test_router_by_hand() -> None:
     pooled = torch.cat([x.mean((2, 3)) for x in sources], 1)
     hidden = (pooled @ router.hidden.weight.T + router.hidden.bias).clamp(min=0)
     torch.testing.assert_close(
-        router(router.pool(sources)), (hidden @ router.out.weight.T + router.out.bias)[:, 0], rtol=1e-5, atol=1e-6
+        -router(router.pool(sources)), (hidden @ router.out.weight.T + router.out.bias)[:, 0], rtol=1e-5, atol=1e-6
     )
     assert router.hidden.out_features == 3
 

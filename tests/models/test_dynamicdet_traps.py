@@ -1,10 +1,10 @@
 """Traps of the published code of DynamicDet (Lin et al., CVPR 2023), and the tests that keep this one out of them.
 
- 1 easiness taken for difficulty models/test_dynamicdet_traps.py::test_an_image_is_easy_from_the_threshold_up
+ 1 easiness taken for difficulty models/test_dynamicdet_traps.py::test_an_image_is_easy_from_the_threshold_down
    its share, its gradient       metrics/test_curve.py::test_thresholds
                                  models/test_offset.py::test_the_gradient_depends_on_the_difference_and_the_offset_alone
    in released files             convert/test_dynamicdet.py::test_networks_compute_the_same
-   its name in what is written   lightning/test_router_traps.py::test_difficulty_is_what_easiness_leaves
+   its name in what is written   lightning/test_router_traps.py::test_difficulty_is_what_the_router_is_asked_for
  2 X reads across                models/test_dynamicdet_traps.py::test_only_x_reads_across
                                  models/test_cascade.py::test_the_second_backbone_reads_the_first
                                  convert/test_dynamicdet.py::test_networks_compute_the_same
@@ -98,23 +98,23 @@ def some_images(count: int, size: int = 64) -> Tensor:
     return images * torch.linspace(0.3, 1, count).view(-1, 1, 1, 1)
 
 
-def easiness_of(detector: DynamicDetector, images: Tensor) -> Tensor:
-    easiness = detector.detect_by(images)[1].easiness
-    assert easiness is not None
-    return easiness
+def difficulty_of(detector: DynamicDetector, images: Tensor) -> Tensor:
+    difficulty = detector.detect_by(images)[1].difficulty
+    assert difficulty is not None
+    return difficulty
 
 
 # 1
 
 
-@pytest.mark.parametrize(("threshold", "hard"), [(0.7, False), (0.9, True)])
-def test_an_image_is_easy_from_the_threshold_up(threshold: float, hard: bool) -> None:
-    """Published: the first detector where easiness >= threshold. The scores of the paper's text are difficulties."""
+@pytest.mark.parametrize(("threshold", "hard"), [(0.3, False), (0.1, True)])
+def test_an_image_is_easy_from_the_threshold_down(threshold: float, hard: bool) -> None:
+    """Published: the first detector where easiness, 0.8 here, >= 1 - threshold."""
     detector = cascade("shapes_dy_tiny", scale=0, bias=math.log(0.8 / 0.2))
     images = some_images(2)
     set_speed(detector, f"threshold:{threshold}", None)
     assert detector.detect_by(images)[1].hard.tolist() == [hard] * 2
-    detector.threshold = float(easiness_of(detector, images)[0])
+    detector.threshold = float(difficulty_of(detector, images)[0])
     assert not detector.detect_by(images)[1].hard.any()
 
 
@@ -180,7 +180,7 @@ def test_images_follow_the_detector(experiment: str, monkeypatch: pytest.MonkeyP
     detector.router.masked = experiment == "shapes_dy_tiny"
     images = [torch.rand(3, 64, 40), torch.rand(3, 48, 64)]
     seen = detector.look(images)
-    assert detector.easiness(detector.pooled(seen)).device.type == "meta"
+    assert detector.difficulty(detector.pooled(seen)).device.type == "meta"
     some = seen.only([1])
     assert some.pixels.shape[0] == 1 and some.pixels.device.type == "meta" and some.batch.sizes.tolist() == [[48, 64]]
     parts: list[tuple[Route, nn.Module]] = [("first", detector.first), ("second", detector.second)]
@@ -277,14 +277,15 @@ def test_scores_that_round_to_1_are_told_apart() -> None:
     detector = cascade("shapes_dy_tiny", scale=0.5, bias=12.0)
     images = some_images(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        easiness = easiness_of(detector, images)
-        assert easiness.dtype == torch.float32 and float(easiness.max() - easiness.min()) < 0.05
-        assert easiness.sigmoid().half().tolist() == [1.0] * 4 and len(set(easiness.tolist())) == 4
-        calibration = Calibration([Point(0, 1), Point(0, 2)], easiness.sort().values.tolist())
+        difficulty = difficulty_of(detector, images)
+        assert difficulty.dtype == torch.float32 and float(difficulty.max() - difficulty.min()) < 0.05
+        easiness = torch.sigmoid(-difficulty)
+        assert easiness.half().tolist() == [1.0] * 4 and len(set(difficulty.tolist())) == 4
+        calibration = Calibration([Point(0, 1), Point(0, 2)], difficulty.sort().values.tolist())
         for fraction in (0, 0.25, 0.5, 0.75, 1):
             set_speed(detector, f"hard_fraction:{fraction}", calibration)
             assert int(detector.detect_by(images)[1].hard.sum()) == 4 * fraction
-        for speed, hard in (("threshold:1", True), ("threshold:0", False), ("hard", True), ("easy", False)):
+        for speed, hard in (("threshold:0", True), ("threshold:1", False), ("hard", True), ("easy", False)):
             set_speed(detector, speed, None)
             assert detector.detect_by(images)[1].hard.tolist() == [hard] * 4
 
@@ -329,16 +330,16 @@ def test_processes_route_on_their_own(tmp_path: Path) -> None:
     """One process has three easy images, the other two hard ones."""
     detector = cascade("shapes_dy_tiny", "predictor.postprocess.score_threshold=0.001", scale=50)
     images = some_images(5)
-    easiness, order = easiness_of(detector, images).sort(descending=True)
+    difficulty, order = difficulty_of(detector, images).sort()
     images = images[order]
-    detector.threshold = float(easiness[2:4].mean())
+    detector.threshold = float(difficulty[2:4].mean())
 
     def run(rank: int) -> list[tuple[bool, float, list[list[float]]]]:
         rows = []
         for index in SHARDS[rank]:
             (found,), routes = detector.detect_by(images[index : index + 1])
-            assert routes.easiness is not None and len(found)
-            rows.append((bool(routes.hard), float(routes.easiness), found.boxes.tolist()))
+            assert routes.difficulty is not None and len(found)
+            rows.append((bool(routes.hard), float(routes.difficulty), found.boxes.tolist()))
         return rows
 
     alone = [run(rank) for rank in range(2)]

@@ -17,20 +17,20 @@ NUMBERS = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=40)
 def test_the_loss_by_hand() -> None:
     logits = torch.tensor([0.0, torch.logit(torch.tensor(0.8)).item()], dtype=torch.float64)
     losses = torch.tensor([[3.0, 1.0], [2.0, 5.0]], dtype=torch.float64)
-    expected = (0.5 * (3 - 0.2) + 0.5 * (2 + 0.2) + 0.8 * (1 - 0.2) + 0.2 * (5 + 0.2)) / 2
+    expected = (0.5 * (3 - 0.2) + 0.5 * (2 + 0.2) + 0.2 * (1 - 0.2) + 0.8 * (5 + 0.2)) / 2
     assert float(router_loss(logits, losses, 0.4)) == pytest.approx(expected)
 
 
 @given(NUMBERS, st.floats(-2, 2))
 def test_the_gradient_depends_on_the_difference_and_the_offset_alone(differences: list[float], offset: float) -> None:
-    """d loss / d logit = (d - D) e (1 - e), per image of the mean."""
+    """d loss / d logit = (D - d) s (1 - s), per image of the mean."""
     d = torch.tensor(differences, dtype=torch.float64)
     for base in (0.0, 7.0):
         logits = torch.linspace(-2, 2, len(d), dtype=torch.float64).requires_grad_()
         router_loss(logits, torch.stack([d + base, torch.full_like(d, base)]), offset).backward()
-        e = logits.detach().sigmoid()
+        s = logits.detach().sigmoid()
         assert logits.grad is not None
-        torch.testing.assert_close(logits.grad, (d - offset) * e * (1 - e) / len(d))
+        torch.testing.assert_close(logits.grad, (offset - d) * s * (1 - s) / len(d))
 
 
 @given(NUMBERS)

@@ -1,6 +1,6 @@
-"""CBNetV2 (Liang et al., TIP 2022): mmdetection's Faster R-CNN on two linked ResNets, a cascade without its router.
+"""CBNetV2 (Liang et al., TIP 2022): mmdetection's Faster R-CNN on two linked ResNets, which lack a router.
 
-Both backbones of a release share neck, RPN and heads, so both routes of the cascade do. The second backbone has no stem
+Both backbones of a release share neck, RPN and heads, so both routes do. The second backbone has no stem
 and, in the "d1" variant, no first stage either. Releases on Swin and Res2Net have heads or blocks that dyndet does not
 have.
 """
@@ -64,7 +64,7 @@ def _one_backbone(source: Source) -> Source:
 
 
 def _for_both(rule: Rule) -> Iterator[Rule]:
-    """A rule of a single detector for a cascade: each backbone has its own tensors, the rest is one for both."""
+    """A rule of a single detector for two: each backbone has its own tensors, the rest is one for both."""
     if rule.target is None:
         yield rule
     elif rule.pattern.startswith(r"backbone\."):

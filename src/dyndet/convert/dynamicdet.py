@@ -1,4 +1,4 @@
-"""DynamicDet's YOLO cascades, and the plain YOLOv7 networks that they are made of.
+"""DynamicDet's dynamic YOLOs, and the plain YOLOv7 networks that they are made of.
 
 | release | known by |
 | --- | --- |
@@ -6,7 +6,7 @@
 | YOLOv7, -X, -W6 | `model` alone, and the number of its last layer: 105, 121, 118 |
 
 Layers are known by number, those without tensors counted: `NETWORKS`. The first five of `model_b2` are the composite
-links, layer 0 of a head is its SPPCSPC. The numbers of plain YOLOv7 are inferred from the cascade's: the same layers
+links, layer 0 of a head is its SPPCSPC. The numbers of plain YOLOv7 are inferred from the other's: the same layers
 under one prefix, those of the head after those of the backbone. W6 has to be without auxiliary heads ("deploy"), and no
 norm folded into its convolution.
 
@@ -83,11 +83,11 @@ class Network:
     """One of the three sizes.
 
     Attributes:
-        experiment: of the plain network; the cascade's has "dy_" before it.
+        experiment: of the plain network; the dynamic one's has "dy_" before it.
         chain: convolutions in the chain of every ELAN.
         pool: resolution is halved by a `Transition` (from the second stage on), not by a convolution.
-        cascade: keys of the cascade's configuration that its weights depend on.
-        first: the backbone, the first one of a cascade.
+        dynamic: keys of the dynamic one's configuration that its weights depend on.
+        first: the backbone, the first one of two.
         second: the second backbone.
         head: either head.
     """
@@ -95,7 +95,7 @@ class Network:
     experiment: str
     chain: int
     pool: bool
-    cascade: Mapping[str, Any]
+    dynamic: Mapping[str, Any]
     first: Backbone
     second: Backbone
     head: Head
@@ -111,7 +111,7 @@ NETWORKS = (
         "yolov7",
         chain=4,
         pool=True,
-        cascade={"detector.first_link": 0},
+        dynamic={"detector.first_link": 0},
         first=Backbone((0, 1, 2), (3, 13, 26, 39), (4, 17, 30, 43)),
         second=Backbone((5, 6, 8), (9, 20, 34, 48), (11, 25, 39, 53)),
         head=Head((13, 1), (15, 3), (17, 5), (26, 39), (30, 43), (51, 52, 53), 54),
@@ -120,7 +120,7 @@ NETWORKS = (
         "yolov7x",
         chain=6,
         pool=True,
-        cascade={"detector.first_link": 0, "detector.cross": 2},
+        dynamic={"detector.first_link": 0, "detector.cross": 2},
         first=Backbone((0, 1, 2), (3, 15, 30, 45), (4, 19, 34, 49)),
         second=Backbone((5, 6, 8), (9, 22, 38, 54), (11, 27, 43, 59)),
         head=Head((15, 1), (17, 3), (19, 5), (30, 45), (34, 49), (59, 60, 61), 62),
@@ -129,7 +129,7 @@ NETWORKS = (
         "yolov7w6",
         chain=4,
         pool=False,
-        cascade={"detector.first_link": 1},
+        dynamic={"detector.first_link": 1},
         first=Backbone((1,), (2, 11, 20, 29, 38), (3, 12, 21, 30, 39)),
         second=Backbone((5,), (6, 16, 26, 36, 46), (8, 18, 28, 38, 48)),
         head=Head((25, 13, 1), (27, 15, 3), (29, 17, 5), (37, 47, 57), (39, 49, 59), (67, 68, 69, 70), 71),
@@ -158,16 +158,16 @@ def recipe(source: Source) -> Recipe:
         UserError: if it is another network, or its norms are folded.
     """
     shapes = source.shapes
-    cascade = has(shapes, r"model_[bh]2?\.")
-    prefix = "model_h2" if cascade else "model"
-    network, detect = _network(source, prefix, cascade)
+    dynamic = has(shapes, r"model_[bh]2?\.")
+    prefix = "model_h2" if dynamic else "model"
+    network, detect = _network(source, prefix, dynamic)
     if not has(shapes, r".+\.bn\."):
         raise UserError(f"{source.path} has its norms folded into convolutions: convert the file as it was trained")
     anchors = _anchors(source, detect)
     implicit = f"{detect}.ia.0.implicit" in shapes
     settings = {"predictor.implicit": implicit}
-    if cascade:
-        settings |= network.cascade
+    if dynamic:
+        settings |= network.dynamic
         rules = [
             Rule(r"model_b2\.([0-4])\.conv\.(.+)", r"links.sources.\1.conv.\2"),
             *_backbone(network, network.first, "model_b", "first."),
@@ -182,24 +182,24 @@ def recipe(source: Source) -> Recipe:
             *_head(network, "model", network.layers, "", anchors, implicit=implicit),
         ]
     return Recipe(
-        f"{'dy_' if cascade else ''}{network.experiment}",
+        f"{'dy_' if dynamic else ''}{network.experiment}",
         rules,
         num_classes=shapes[f"{detect}.m.0.weight"][0] // anchors.shape[1] - 5,
         settings=settings,
         options=["+router=exact"] if has(shapes, r"router\.") else [],
-        remarks=_remarks(source, network, anchors) if cascade else [_YOLOV7_TERMS],
+        remarks=_remarks(source, network, anchors) if dynamic else [_YOLOV7_TERMS],
     )
 
 
-def _network(source: Source, prefix: str, cascade: bool) -> tuple[Network, str]:
+def _network(source: Source, prefix: str, dynamic: bool) -> tuple[Network, str]:
     """Which one, and the name of its detection layer."""
     names = (re.fullmatch(rf"({prefix}\.(\d+))\.m\.0\.weight", name) for name in source.weights)
     match = next(filter(None, names), None)
     if match is None:
         raise UserError(f"{source.path} has no detection layer under {prefix}: is it whole?")
-    known = {network.head.detect + (0 if cascade else network.layers): network for network in NETWORKS}
+    known = {network.head.detect + (0 if dynamic else network.layers): network for network in NETWORKS}
     if int(match[2]) not in known:
-        kind = "cascade of DynamicDet" if cascade else "YOLOv7, -X or -W6 without auxiliary heads"
+        kind = "detector of DynamicDet" if dynamic else "YOLOv7, -X or -W6 without auxiliary heads"
         raise UserError(
             f"{source.path} is no {kind}: its detection layer is {match[1]}, theirs are {', '.join(map(str, known))}"
         )

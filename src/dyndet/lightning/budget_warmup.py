@@ -27,7 +27,7 @@ class BudgetWarmup(Callback):
         self._weights: dict[Budget, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        budgets = [part for part in pl_module.modules() if isinstance(part, Budget)]  # a cascade has two
+        budgets = [part for part in pl_module.modules() if isinstance(part, Budget)]  # a dynamic detector has two
         if not budgets:
             raise UserError("callbacks.budget_warmup: this detector has no budget to warm up")
         self._weights = {budget: budget.weight for budget in budgets}

@@ -1,4 +1,4 @@
-"""Step 1 of a cascade: both detectors train together, and both are validated."""
+"""Step 1 of a dynamic detector: both detectors train together, and both are validated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dyndet.structures import Batch
 
 
 class JointModule(DetectionModule):
-    """A cascade without its router: `val/...` is of the second detector, `val/first/...` of the first.
+    """A dynamic detector without its router: `val/...` is of the second detector, `val/first/...` of the first.
 
     Args:
         args: see `DetectionModule`.

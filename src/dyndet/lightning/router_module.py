@@ -1,4 +1,4 @@
-"""Step 2 of a cascade: both detectors are fixed, the router learns which images need the second."""
+"""Step 2 of a dynamic detector: both detectors are fixed, the router learns which images need the second."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Lesson(NamedTuple):
 
 
 class RouterModule(DetectionModule):
-    """Trains the router of a cascade, on batches of images or on lessons that were kept from an earlier pass.
+    """Trains the router of a dynamic detector, on batches of images or on lessons that were kept from an earlier pass.
 
-    Logs the loss, d = L1 - L2, the offset, the mean easiness, and how many images are hard at an easiness of 1/2.
+    Logs the loss, d = L1 - L2, the offset, the mean difficulty, and how many images are hard at a difficulty of 1/2.
     Validation also logs `val/spearman`, the rank correlation of difficulty and d, and `val/hard_10/AP` to
     `val/hard_90/AP`: AP when that share of the images, in percent, takes the hard route.
 
     Args:
-        detector: a cascade with a router; everything else in it is frozen.
+        detector: a dynamic detector with a router; everything else in it is frozen.
         offset: when an image counts as hard.
         categories: see `DetectionModule`.
         optimizer: called with the detector; only the router is left to optimise.
@@ -62,7 +62,7 @@ class RouterModule(DetectionModule):
         config: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(detector, DynamicDetector) or detector.router is None:
-            raise UserError("only a cascade has a router to train: choose a dy_ experiment")
+            raise UserError("only a dynamic detector has a router to train: choose a dy_ experiment")
         super().__init__(detector, categories=categories, optimizer=optimizer, schedule=schedule, config=config)
         self.offset = offset
         self._ways: list[BothWays] = []
@@ -79,18 +79,18 @@ class RouterModule(DetectionModule):
 
     def training_step(self, batch: Batch | Lesson, batch_idx: int) -> STEP_OUTPUT:
         lesson = learn(self.detector, batch) if isinstance(batch, Batch) else Lesson(*batch)
-        easiness = self.detector.easiness(lesson.pooled)
+        difficulty = self.detector.difficulty(lesson.pooled)
         difference = lesson.losses[0] - lesson.losses[1]
         offset = self.offset(torch.tensor(gathered(difference.tolist())))
-        loss = router_loss(easiness, lesson.losses, offset)
+        loss = router_loss(difficulty, lesson.losses, offset)
         values = {
             "loss": loss,
             "difference": difference.mean(),
             "offset": torch.tensor(offset),
-            "easiness": easiness.sigmoid().mean(),
-            "hard": (easiness < 0).float().mean(),
+            "difficulty": difficulty.sigmoid().mean(),
+            "hard": (difficulty > 0).float().mean(),
         }
-        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(easiness))
+        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(difficulty))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:

@@ -1,4 +1,4 @@
-"""Step 2 of a cascade: what `python -m dyndet.train` puts together when the experiment has a `router_loss`."""
+"""Step 2 of a dynamic detector: what `python -m dyndet.train` puts together when the experiment has a `router_loss`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
         data: its images, set up for fitting.
 
     Raises:
-        UserError: if the checkpoint does not hold this cascade, or the experiment has none.
+        UserError: if the checkpoint does not hold this dynamic detector, or the experiment has none.
     """
     _check_order()
     if config.init is None:
         raise UserError("init must be given: add init=RUN/checkpoints/last.ckpt of step 1 to the command")
     if "router" not in inspect.signature(get_method(config.detector._target_)).parameters:
-        raise UserError("only a cascade has a router to train: choose an experiment with detector=dynamic")
+        raise UserError("only a dynamic detector has a router to train: choose an experiment with detector=dynamic")
     if "weights" in config.backbone:
         config.backbone.weights = "none"  # they come from the checkpoint
     detector: DynamicDetector = build(config.detector)
@@ -94,7 +94,7 @@ def load_detectors(detector: DynamicDetector, init: str, data: DetectionDataModu
     try:
         result = detector.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise UserError(f"init={init} is of another cascade: {str(error).splitlines()[1].strip()}") from error
+        raise UserError(f"init={init} is of another dynamic detector: {str(error).splitlines()[1].strip()}") from error
     missing = [name for name in result.missing_keys if not name.startswith("router.")]
     if missing or result.unexpected_keys:
         odd = [*missing, *result.unexpected_keys]

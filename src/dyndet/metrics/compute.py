@@ -54,7 +54,7 @@ class ComputeReport:
         open: share of open positions of each gate, mean over images (each weighs the same).
         dead: gates that never opened on any image.
         always_open: gates that were open everywhere on every image.
-        hard: share of the images that a cascade sent to its second detector; None without one.
+        hard: share of the images that a dynamic detector sent to its second detector; None without one.
         level_names: e.g. P3; levels beyond them are called L<index>.
     """
 
@@ -192,7 +192,7 @@ class ComputeMeter:
             routing: what the head decided, None for a static head.
             static: for each image, multiply-adds of every part that always runs. The part named "head" counts as head:
                 its unconditional layers, or all of it when the head is static.
-            hard: the way these images took through a cascade.
+            hard: the way these images took through a dynamic detector.
 
         Raises:
             ValueError: if routing and static disagree on the number of images.

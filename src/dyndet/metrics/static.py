@@ -26,7 +26,7 @@ class StaticCosts:
         Args:
             size: of the image.
             routed: whether the head routes.
-            route: the way through a cascade, "first" or "second".
+            route: the way through a dynamic detector, "first" or "second".
         """
         divisor = self._detector.size_divisor
         height, width = (-(-side // divisor) * divisor for side in self._detector.preprocess.canvas(size))

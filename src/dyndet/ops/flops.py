@@ -79,7 +79,7 @@ class MacCounter:
 
         Args:
             size: (H, W) in pixels.
-            route: of a cascade, "first" or "second" (the default).
+            route: of a dynamic detector, "first" or "second" (the default).
             gated: False leaves out what the gates of a head that routes decide about, and deciding it: what remains
                 runs always. A head of which nothing remains is not named.
         """

@@ -211,9 +211,9 @@ def preview(
 
 def _way(routes: Routes, index: int) -> str:
     way = "hard" if routes.hard[index] else "easy"
-    if routes.easiness is None:
+    if routes.difficulty is None:
         return way
-    return f"{way} (difficulty {1 - float(routes.easiness[index].sigmoid()):.2f})"
+    return f"{way} (difficulty {float(routes.difficulty[index].sigmoid()):.2f})"
 
 
 def _cut(target: Target, size: Size) -> Target:

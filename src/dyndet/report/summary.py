@@ -45,7 +45,7 @@ def print_summary(
             highlight=False,
         )
     if report.hard is not None:
-        console.print(f"cascade: {report.hard:.1%} of the images took the hard route", highlight=False)
+        console.print(f"routes: {report.hard:.1%} of the images took the hard route", highlight=False)
     if report.open:
         console.print(
             f"gated convolutions: {report.asked / 1e9:.3f} GMAC asked for, {report.executed / 1e9:.3f} computed, tiles "

@@ -1,4 +1,4 @@
-"""One cascade at every speed: AP against multiply-adds, with the straight line between its two ends."""
+"""One dynamic detector at every speed: AP against multiply-adds, with the straight line between its two ends."""
 
 from __future__ import annotations
 

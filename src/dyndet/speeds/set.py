@@ -1,14 +1,14 @@
 """One model, any speed: a wish such as `macs:60e9` becomes a threshold, by what was measured beforehand.
 
-A cascade has two ends, all images easy and all hard, and mixes them. A fine-grained head closes gates that are open
-less than a threshold.
+A dynamic detector has two ends, all images easy and all hard, and mixes them. A head with gates closes those that are
+open less than a threshold.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Point:
     """One measured speed.
 
     Attributes:
-        threshold: of the gates; of a cascade's two ends it is not used.
+        threshold: of the gates; with a router it is not used.
         macs: mean multiply-adds per image.
         latency_ms: mean per image at batch 1; None where it was not measured.
     """
@@ -42,15 +42,15 @@ class Calibration:
     """What `python -m dyndet.calibrate` measured, kept in the checkpoint.
 
     Attributes:
-        points: from the cheapest to the dearest: of a cascade all easy and all hard, of a fine-grained head one for
+        points: from the cheapest to the dearest: with a router all easy and all hard, of a head with gates one for
             every threshold that was tried.
-        easiness: of a cascade, the logits of all images, ascending.
+        difficulty: with a router, the logits of all images, ascending.
         device: where latency was measured.
         images: on how many images.
     """
 
     points: list[Point]
-    easiness: list[float] = field(default_factory=list)
+    difficulty: list[float] = field(default_factory=list)
     device: str = ""
     images: int = 0
 
@@ -60,16 +60,22 @@ class Calibration:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Calibration:
-        return cls(**{**values, "points": [Point(**point) for point in values["points"]]})
+        """From `as_dict`; what was stored as easiness, its negative, is turned round."""
+        points = [Point(**point) for point in values["points"]]
+        others = {name: value for name, value in values.items() if name not in ("points", "easiness")}
+        if values.get("easiness"):
+            others["difficulty"] = [-logit for logit in reversed(values["easiness"])]
+            points = [replace(point, threshold=-point.threshold) for point in points]
+        return cls(points, **others)
 
 
 def set_speed(detector: Detector, speed: str, calibration: Calibration | None) -> str:
     """Sets a detector's threshold as wished; one line that says what was set.
 
     Args:
-        detector: a cascade with a router, or one with a fine-grained head.
+        detector: one with a router, or one whose head has gates.
         speed: see `FORMS`.
-        calibration: of this detector; `threshold`, `easy` and `hard` of a cascade go without.
+        calibration: of this detector; `threshold`, `easy` and `hard` of a dynamic detector go without.
 
     Raises:
         UserError: if the wish is malformed, out of reach, or not calibrated.
@@ -78,26 +84,26 @@ def set_speed(detector: Detector, speed: str, calibration: Calibration | None) -
     if isinstance(detector, DynamicDetector):
         if detector.router is None:
             raise UserError(
-                f"speed={speed}: this cascade has no router yet; train one with +router=exact init=CHECKPOINT"
+                f"speed={speed}: this dynamic detector has no router yet; train one with +router=exact init=CHECKPOINT"
             )
-        detector.threshold = _cascade_threshold(kind, value, speed, calibration)
-        return f"speed {speed}: hard below an easiness of {easiness_of(detector.threshold):.4f}"
+        detector.threshold = _route_threshold(kind, value, speed, calibration)
+        return f"speed {speed}: hard above a difficulty of {difficulty_of(detector.threshold):.4f}"
     head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
     if not isinstance(head, GatedHead):
         raise UserError(f"speed={speed}: this detector has one speed only, as it has neither a router nor gates")
     if kind == "hard_fraction":
-        raise UserError(f"speed={speed} is for cascades; gates take macs, latency_ms, threshold, easy or hard")
+        raise UserError(f"speed={speed} is for dynamic detectors; gates take macs, latency_ms, threshold, easy or hard")
     head.close_below(_gate_threshold(kind, value, speed, calibration))
     return f"speed {speed}: gates of at most {head.gate_threshold:.4f} close"
 
 
-def cascade_settings(detector: DynamicDetector) -> dict[str, Callable[[], None]]:
+def route_settings(detector: DynamicDetector) -> dict[str, Callable[[], None]]:
     """What to call for all images easy, all hard, and the split that is set now, for `time_detections`."""
 
     def setting(threshold: float) -> Callable[[], None]:
         return lambda: setattr(detector, "threshold", threshold)
 
-    return {"easy": setting(-math.inf), "hard": setting(math.inf), "now": setting(detector.threshold)}
+    return {"easy": setting(math.inf), "hard": setting(-math.inf), "now": setting(detector.threshold)}
 
 
 def _parsed(speed: str) -> tuple[str, float]:
@@ -115,14 +121,14 @@ def _parsed(speed: str) -> tuple[str, float]:
     return kind, value
 
 
-def _cascade_threshold(kind: str, value: float, speed: str, calibration: Calibration | None) -> float:
+def _route_threshold(kind: str, value: float, speed: str, calibration: Calibration | None) -> float:
     if kind in ("easy", "hard"):
-        return -math.inf if kind == "easy" else math.inf
+        return math.inf if kind == "easy" else -math.inf
     if kind == "threshold":
         return -math.inf if value == 0 else math.inf if value == 1 else math.log(value / (1 - value))
     calibration = _required(calibration, speed)
     fraction = value if kind == "hard_fraction" else _between(kind, value, speed, calibration.points)[1]
-    return quantile(torch.tensor(calibration.easiness), fraction)
+    return quantile(torch.tensor(calibration.difficulty), fraction)
 
 
 def _gate_threshold(kind: str, value: float, speed: str, calibration: Calibration | None) -> float:
@@ -165,6 +171,6 @@ def _between(kind: str, value: float, speed: str, points: Sequence[Point]) -> tu
     )
 
 
-def easiness_of(logit: float) -> float:
+def difficulty_of(logit: float) -> float:
     """Of a router's logit, infinite ones included."""
     return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0

@@ -1,4 +1,4 @@
-"""Accuracy against compute of a cascade: what every split of the images between its two routes gives."""
+"""Accuracy against compute of a dynamic detector: what every split of the images between its two routes gives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Split:
 
     Attributes:
         fraction: share of the images that is hard.
-        threshold: of the easiness logit, below which an image is hard; infinite at the ends.
+        threshold: of the difficulty logit, above which an image is hard; infinite at the ends.
         macs: mean multiply-adds per image.
         ap: AP over all images.
         ap50: AP50.
@@ -38,10 +38,10 @@ class Split:
 
 @dataclass
 class BothWays:
-    """What both routes of a cascade gave on the same images.
+    """What both routes of a dynamic detector gave on the same images.
 
     Attributes:
-        easiness: (N,) logits.
+        difficulty: (N,) logits.
         first: detections of the easy route, with their `macs`.
         second: of the hard route.
         targets: in pixels of the resized images.
@@ -49,7 +49,7 @@ class BothWays:
         differences: (N,) L1 - L2.
     """
 
-    easiness: Tensor
+    difficulty: Tensor
     first: Sequence[Detections]
     second: Sequence[Detections]
     targets: Sequence[Target]
@@ -63,22 +63,22 @@ class BothWays:
         def listed(name: str) -> list[Any]:
             return [item for part in parts for item in getattr(part, name)]
 
-        easiness, sizes, differences = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("easiness", "sizes", "differences")
+        difficulty, sizes, differences = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("difficulty", "sizes", "differences")
         )
-        return cls(easiness, listed("first"), listed("second"), listed("targets"), sizes, differences)
+        return cls(difficulty, listed("first"), listed("second"), listed("targets"), sizes, differences)
 
     def curve(self, categories: Sequence[Category], fractions: Sequence[float]) -> list[Split]:
-        """AP and cost when so large a share of the images is hard, the least easy ones first."""
+        """AP and cost when so large a share of the images is hard, the most difficult ones first."""
         return [self._split(categories, fraction) for fraction in fractions]
 
     def rank_correlation(self) -> float:
         """Spearman's, of difficulty and L1 - L2: 1 when the router knows exactly whom the second detector helps."""
-        return spearman(-self.easiness, self.differences)
+        return spearman(self.difficulty, self.differences)
 
     def _split(self, categories: Sequence[Category], fraction: float) -> Split:
-        threshold = quantile(self.easiness, fraction)
-        hard = (self.easiness < threshold).tolist()
+        threshold = quantile(self.difficulty, fraction)
+        hard = (self.difficulty > threshold).tolist()
         chosen = [b if way else a for a, b, way in zip(self.first, self.second, hard, strict=True)]
         metric = CocoMetric(categories, per_class=False)
         metric.sync_on_compute = False  # all images are here
@@ -104,19 +104,19 @@ def go_both_ways(detector: DynamicDetector, static: StaticCosts, batch: Batch) -
         return [replace(item, masks=None, macs=spent).to("cpu") for item, spent in zip(detections, macs, strict=True)]
 
     seen, losses = detector.image_losses(batch.images, batch.targets)
-    easiness = detector.easiness(detector.pooled(seen)).cpu()
+    difficulty = detector.difficulty(detector.pooled(seen)).cpu()
     targets = [replace(target, masks=None, segmentations=None).to("cpu") for target in batch.targets]
     differences = (losses[0] - losses[1]).cpu()
-    return BothWays(easiness, along("first"), along("second"), targets, batch.images.sizes, differences)
+    return BothWays(difficulty, along("first"), along("second"), targets, batch.images.sizes, differences)
 
 
-def quantile(easiness: Tensor, fraction: float) -> float:
-    """The threshold below which this share of the scores lies, linear between them; the ends take none and all."""
+def quantile(difficulty: Tensor, fraction: float) -> float:
+    """The threshold above which this share of the scores lies, linear between them; the ends take none and all."""
     if fraction <= 0:
-        return -math.inf
-    if fraction >= 1:
         return math.inf
-    return float(torch.quantile(easiness.double(), fraction))
+    if fraction >= 1:
+        return -math.inf
+    return -float(torch.quantile(-difficulty.double(), fraction))
 
 
 def spearman(x: Tensor, y: Tensor) -> float:

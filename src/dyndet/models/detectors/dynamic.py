@@ -1,4 +1,4 @@
-"""A cascade of two detectors and a router between them (DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552).
+"""Two detectors and a router between them (DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552).
 
 Easy images: the first backbone, its neck and head. Hard ones: both backbones, the second reading the first through
 composite links, then the second neck and head; the first's do not run.
@@ -30,17 +30,17 @@ Route = Literal["first", "second"]
 class DynamicDetector(Detector):
     """Two detectors of one kind, the second of which starts from what the first has seen.
 
-    Without a router every image is hard: what a cascade is before its router is trained.
+    Without a router every image is hard: so it is before its router is trained.
 
     Args:
         first: answers for easy images.
         second: answers for hard ones; its backbone has the same stages as the first's. It may share the neck, the head
             and the predictor with the first.
         links: from the first backbone to the second.
-        router: the first backbone's maps -> easiness.
+        router: the first backbone's maps -> difficulty.
         shared_stages: the second backbone goes on from so many leading stages of the first.
         cross: see `run_linked`.
-        threshold: an image is hard when the logit of its easiness lies below; -inf makes all easy, inf all hard.
+        threshold: an image is hard when the logit of its difficulty exceeds it; inf makes all easy, -inf all hard.
 
     Attributes:
         threshold: as above; may be set between calls.
@@ -127,7 +127,7 @@ class DynamicDetector(Detector):
             ValueError: without a router.
         """
         if self.router is None:
-            raise ValueError("this cascade has no router yet: train one")
+            raise ValueError("this dynamic detector has no router yet: train one")
         if not self.router.masked:
             return self.router.pool(seen.sources)
         shapes = [(x.shape[-2], x.shape[-1]) for x in seen.sources]
@@ -136,14 +136,14 @@ class DynamicDetector(Detector):
             seen.sources, None if valid is None else [mask.to(seen.pixels.device) for mask in valid]
         )
 
-    def easiness(self, pooled: Tensor) -> Tensor:
-        """What `pooled` gives -> (B,) logits in full precision: in half precision easy images would tie.
+    def difficulty(self, pooled: Tensor) -> Tensor:
+        """What `pooled` gives -> (B,) logits in full precision: in half precision images would tie.
 
         Raises:
             ValueError: without a router.
         """
         if self.router is None:
-            raise ValueError("this cascade has no router yet: train one")
+            raise ValueError("this dynamic detector has no router yet: train one")
         with without_autocast(pooled.device.type):
             return self.router(pooled)
 
@@ -156,8 +156,8 @@ class DynamicDetector(Detector):
         """`detect_with_routing`; `route` sends all images one way, and the router is not asked."""
         seen = self.look(images)
         if route is None and self.router is not None:
-            easiness = self.easiness(self.pooled(seen)).cpu()
-            routes = Routes(easiness < self.threshold, easiness)
+            difficulty = self.difficulty(self.pooled(seen)).cpu()
+            routes = Routes(difficulty > self.threshold, difficulty)
         else:
             routes = Routes(torch.full((len(seen.batch),), route != "first"))
         found: list[Detections | None] = [None] * len(seen.batch)
@@ -184,7 +184,7 @@ class DynamicDetector(Detector):
         """As of `Detector`: what runs on images that take this route, the router among it."""
         seen = self.look(images)
         if self.router is not None:
-            self.easiness(self.pooled(seen))
+            self.difficulty(self.pooled(seen))
         if route == "first":
             return self.first(seen.batch, self._easy_maps(seen))
         return self.second(seen.batch, self._hard_maps(seen))

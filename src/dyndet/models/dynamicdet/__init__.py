@@ -1,4 +1,4 @@
-"""What joins two detectors into a cascade (DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552).
+"""What joins two detectors into one: composite links and the router.
 
-Composite links and the router.
+Source: DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552.
 """

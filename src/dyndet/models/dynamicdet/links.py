@@ -129,7 +129,7 @@ def run_linked(
     shared: int = 0,
     cross: int | None = None,
 ) -> list[Tensor]:
-    """Runs the second backbone of a cascade.
+    """Runs the second backbone of a dynamic detector.
 
     Args:
         backbone: the second one.

@@ -2,7 +2,7 @@
 
 Source: Lin et al., CVPR 2023, arXiv:2304.05552.
 
-The router minimises e (L1 - D/2) + (1 - e) (L2 + D/2) with easiness e and the losses L1 and L2 of both detectors. Its
+The router minimises (1 - s) (L1 - D/2) + s (L2 + D/2) with difficulty s and the losses L1 and L2 of both detectors. Its
 gradient depends on d = L1 - L2 and the offset D alone: images with d > D should be hard.
 """
 
@@ -100,16 +100,16 @@ def make_offset(name: OffsetName, *, differences: Tensor | None, weight: float =
     return Constant(_middle(differences.sort().values.tolist()))
 
 
-def router_loss(easiness: Tensor, losses: Tensor, offset: float) -> Tensor:
-    """The mean of e (L1 - D/2) + (1 - e) (L2 + D/2).
+def router_loss(difficulty: Tensor, losses: Tensor, offset: float) -> Tensor:
+    """The mean of (1 - s) (L1 - D/2) + s (L2 + D/2).
 
     Args:
-        easiness: (B,) logits of e.
+        difficulty: (B,) logits of s.
         losses: (2, B) L1 and L2, without gradient.
         offset: D.
     """
     first, second = losses[0] - offset / 2, losses[1] + offset / 2
-    return (easiness.sigmoid() * first + torch.sigmoid(-easiness) * second).mean()
+    return (torch.sigmoid(-difficulty) * first + difficulty.sigmoid() * second).mean()
 
 
 def _middle(ascending: Sequence[float]) -> float:

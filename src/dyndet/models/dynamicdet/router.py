@@ -1,4 +1,4 @@
-"""The adaptive router: how easy is this image (DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552)."""
+"""The adaptive router: how difficult is this image (DynamicDet, Lin et al., CVPR 2023, arXiv:2304.05552)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Average-pooled maps of the first backbone -> the logit of an image's easiness.
+    """Average-pooled maps of the first backbone -> the logit of an image's difficulty.
 
-    Easiness e says how well the first detector will do; difficulty is 1 - e. The paper names its score difficulty, the
-    published weights and thresholds are of easiness.
+    Difficulty says how much the second detector is needed, as in the paper. The published weights and thresholds are of
+    easiness, 1 - difficulty: the last layer holds them as they are, and its output is negated.
 
     Args:
         stage_channels: C of every stage's output of the first backbone.
@@ -49,5 +49,5 @@ class Router(nn.Module):
         return torch.cat(pooled, 1)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(B, sum of C_s) -> (B,) easiness logits. To be called outside autocast: rounded scores tie."""
-        return self.out(F.relu(self.hidden(pooled.to(self.hidden.weight.dtype))))[:, 0]
+        """(B, sum of C_s) -> (B,) difficulty logits. To be called outside autocast: rounded scores tie."""
+        return -self.out(F.relu(self.hidden(pooled.to(self.hidden.weight.dtype))))[:, 0]
