@@ -7,7 +7,7 @@ Geometry: pixel edges are 0..W (no +1); boxes are xyxy in pixels; labels are con
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -202,11 +202,15 @@ class HeadOutput:
         cls: L x (B, C, H, W) for classification, finest first; empty where the head does not have this branch.
         reg: likewise for regression.
         routing: decisions of the branches that the head has; None where nothing is routed.
+        losses: terms of its own, weights applied; training adds them to the detector's as `head/<name>`.
+        computed: L x (B, 1, H, W) bool, the positions that exist: nothing is detected at others. None: all do.
     """
 
     cls: list[Tensor]
     reg: list[Tensor]
     routing: Routing | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    computed: list[Tensor] | None = None
 
     @classmethod
     def of(cls, branches: Mapping[str, list[Tensor]], routing: Routing | None = None) -> HeadOutput:

@@ -55,9 +55,9 @@ def image_losses(
     module: Dense, raw: list[dict[str, Tensor]], targets: list[Target], valid: list[Tensor] | None = None
 ) -> Tensor:
     """As a `DenseDetector` takes them, of maps that are given."""
-    outputs = Outputs(ImageBatch.of(torch.zeros(len(targets), 3, 1, 1)), valid, HeadOutput([], []), raw)
-    each = [(outputs.only(index), target) for index, target in enumerate(targets)]
-    terms = [module.losses(alone.raw, [target], alone.valid) for alone, target in each]
+    outputs = Outputs(ImageBatch.of(torch.zeros(len(targets), 3, 1, 1)), targets, valid, HeadOutput([], []), raw)
+    each = [outputs.only(index) for index in range(len(targets))]
+    terms = [module.losses(alone.raw, alone.targets, alone.valid) for alone in each]
     return torch.stack([torch.stack(list(losses.values())).sum() for losses in terms])
 
 
@@ -107,3 +107,30 @@ def test_means_are_inside_the_image() -> None:
     same = [{"pred": level["pred"][:1].expand(3, -1, -1, -1, -1)} for level in raw]
     batch = torch.stack(list(module.losses(same, TARGETS[:1] * 3).values())).sum()
     assert image_losses(module, same, TARGETS[:1] * 3).sum().item() == pytest.approx(batch.item(), rel=1e-5)
+
+
+@EVERY
+def test_shares_of_positive_positions_are_those_that_learn_boxes(name: str) -> None:
+    """Where an object is answered for, and nowhere else, box maps have a gradient."""
+    module = build(name)
+    raw = maps(module)
+    for level in raw:  # all distances of FCOS pass its ReLU
+        for value in level.values():
+            value.data.abs_()
+    valid = valid_masks(torch.tensor([[48, 56], [33, 20], [32, 40]]), SHAPES, STRIDES)
+    assert valid is not None
+    for masks in (None, valid):
+        for level in raw:
+            for value in level.values():
+                value.grad = None
+        image_losses(module, raw, TARGETS, masks).sum().backward()
+        expected = []
+        for index, level in enumerate(raw):
+            gradient = level["pred" if name == "yolo" else "box"].grad
+            assert gradient is not None
+            moved = gradient[..., :4].ne(0).any(-1).any(1) if name == "yolo" else gradient.ne(0).any(1)
+            area = torch.ones_like(moved) if masks is None else masks[index][:, 0]
+            assert not (moved & ~area).any()
+            expected.append(float(moved.sum() / area.sum()))
+        assert sum(expected) > 0
+        assert module.positive_shares(raw, TARGETS, masks).tolist() == pytest.approx(expected)

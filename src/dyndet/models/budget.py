@@ -5,11 +5,13 @@ Source: Song et al., NeurIPS 2020, arXiv:2012.03519, Eq. 4-6.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
 from dyndet.routing import Routing
+from dyndet.structures import Target
 
 
 class Budget(nn.Module):
@@ -33,6 +35,19 @@ class Budget(nn.Module):
         self.weight = weight
         self.detached = ("up", "down") if scale_gradient == "published" else ()
 
-    def forward(self, routing: Routing) -> Tensor:
-        """Scalar loss, weight applied."""
+    def forward(
+        self,
+        routing: Routing,
+        *,
+        targets: Sequence[Target] | None = None,
+        positives: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Scalar loss, weight applied.
+
+        Args:
+            routing: what to price.
+            targets: per image, without crowd, in pixels of the batch. This budget does not read them; others may.
+            positives: likewise; gives the (L,) share of every level's positions that the predictor's assigner makes
+                positive, and assigns only when it is called. None where the predictor does not tell.
+        """
         return self.weight * (routing.soft(self.detached) / routing.full()).mean().float()

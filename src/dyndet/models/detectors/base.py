@@ -64,6 +64,7 @@ class Head(Protocol):
     """Any head family.
 
     Its constructor takes `branches`, the ones to build and run; without, it fits only predictors that read all.
+    In training one with `sees_targets = True` is also given `targets=`: per image, no crowd, in pixels of the batch.
     """
 
     def __call__(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput: ...
@@ -116,6 +117,9 @@ class Predictor(Protocol):
 
     Attributes:
         reads: what of a `HeadOutput` it takes, a constant of its class; heads are built with these branches only.
+
+    It may have `positive_shares`, with the arguments of `losses`: the (L,) share of every level's positions that its
+    assigner makes positive, for budgets that ask.
     """
 
     reads: tuple[Branch, ...]

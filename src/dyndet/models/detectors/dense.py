@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from dyndet.models.detectors.pyramid import Outputs, PyramidDetector, fitted
 from dyndet.models.heads.branches import reads_of, with_branches
 from dyndet.models.necks.fpn import FPN
 from dyndet.models.preprocess import Preprocess
-from dyndet.structures import Detections, HeadOutput, Target
+from dyndet.structures import Detections, HeadOutput
 
 
 class DenseDetector(PyramidDetector):
@@ -51,11 +52,15 @@ class DenseDetector(PyramidDetector):
     def _raw(self, head: HeadOutput) -> RawMaps:
         return self.run_part("predictor", self.predictor, head)
 
-    def _terms(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
-        return self.predictor.losses(outputs.raw, targets, outputs.valid)
+    def _terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        return self.predictor.losses(outputs.raw, outputs.targets, outputs.valid)
+
+    def _positives(self, outputs: Outputs) -> Callable[[], Tensor] | None:
+        shares = getattr(self.predictor, "positive_shares", None)
+        return shares and partial(shares, outputs.raw, outputs.targets, outputs.valid)
 
     def _detections(self, outputs: Outputs) -> list[Detections]:
-        return self.predictor.detections(outputs.raw, outputs.batch, outputs.valid)
+        return self.predictor.detections(outputs.raw, outputs.batch, outputs.existing(self.predictor))
 
 
 def assemble_dense(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +26,14 @@ class Outputs(NamedTuple):
 
     Attributes:
         batch: the images.
+        targets: what losses are taken for, as `PyramidDetector` wants them; none without losses.
         valid: L x (B, 1, H, W) bool, False on padding; None when there is none.
         head: of the head.
         raw: the predictor's maps.
     """
 
     batch: ImageBatch
+    targets: list[Target]
     valid: list[Tensor] | None
     head: HeadOutput
     raw: RawMaps
@@ -39,10 +43,27 @@ class Outputs(NamedTuple):
         here = slice(index, index + 1)
         return Outputs(
             self.batch[torch.tensor([index])],
+            self.targets[here],
             None if self.valid is None else [mask[here] for mask in self.valid],
             HeadOutput([x[here] for x in self.head.cls], [x[here] for x in self.head.reg]),
             [{name: value[here] for name, value in level.items()} for level in self.raw],
         )
+
+    def existing(self, reader: object) -> list[Tensor] | None:
+        """Where something can be detected: `valid`, without what the head left out (`HeadOutput.computed`).
+
+        Raises:
+            UserError: if it left something out, and the reader of these masks does not heed them.
+        """
+        computed = self.head.computed
+        if computed is None:
+            return self.valid
+        if not getattr(reader, "ignore_padding", True):
+            raise UserError(
+                "this head computes only some positions, and with ignore_padding=false objects would be found at the "
+                "others: set predictor.ignore_padding=true (predictor.rpn.ignore_padding of two stages)"
+            )
+        return computed if self.valid is None else [a & b for a, b in zip(computed, self.valid, strict=True)]
 
 
 class PyramidDetector(Detector):
@@ -109,10 +130,12 @@ class PyramidDetector(Detector):
             targets: see `Detector.losses`.
             maps: of the backbone, where they are there already; `images` then are the `batch` that they are of.
         """
-        outputs = self._forward(images, maps)
-        terms, routing = self._terms(outputs, self._wanted(outputs.batch, targets)), outputs.head.routing
+        outputs = self._forward(images, maps, targets)
+        routing = outputs.head.routing
+        terms = self._terms(outputs) | {f"head/{name}": value for name, value in outputs.head.losses.items()}
         if self.budget is not None and routing is not None:
-            terms = terms | {"budget": self.budget(routing)}
+            price = self.budget(routing, targets=outputs.targets, positives=self._positives(outputs))
+            terms = terms | {"budget": price}
         return Losses(terms, routing)
 
     def image_losses(
@@ -121,14 +144,13 @@ class PyramidDetector(Detector):
         targets: Sequence[Target | dict[str, Tensor]],
         maps: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """(B,) float32 detection losses that each image would have in a batch of its own, without the budget.
+        """(B,) float32 detection losses that each image would have in a batch of its own: no budget, none of the head.
 
         Every mean is taken inside the image. Call it in eval mode, or moving averages take a step per image. Arguments
         as of `losses`.
         """
-        outputs = self._forward(images, maps)
-        wanted = self._wanted(outputs.batch, targets)
-        each = [self._terms(outputs.only(index), [target]) for index, target in enumerate(wanted)]
+        outputs = self._forward(images, maps, targets)
+        each = [self._terms(outputs.only(index)) for index in range(len(outputs.batch))]
         return torch.stack([torch.stack(list(terms.values())).sum() for terms in each])
 
     @torch.no_grad()
@@ -150,9 +172,14 @@ class PyramidDetector(Detector):
         batch = self.batch(images)
         return self._features(self._maps(batch), batch)
 
-    def run_head(self, features: list[Tensor], valid: list[Tensor] | None) -> HeadOutput:
-        """The head alone, in its own precision."""
-        return self.run_part("head", self.head, features, valid)
+    def run_head(
+        self, features: list[Tensor], valid: list[Tensor] | None, targets: Sequence[Target] | None = None
+    ) -> HeadOutput:
+        """The head alone, in its own precision; in training with targets, if there are some and it sees them."""
+        head: Callable[..., HeadOutput] = self.head
+        if self.training and targets is not None and getattr(self.head, "sees_targets", False):
+            head = partial(head, targets=targets)
+        return self.run_part("head", head, features, valid)
 
     def batch(self, images: Images) -> ImageBatch:
         """Any images as one batch on the detector's device, placed as it wants them.
@@ -170,20 +197,30 @@ class PyramidDetector(Detector):
             )
         return batch
 
-    def _forward(self, images: Images, maps: Sequence[Tensor] | None) -> Outputs:
+    def _forward(
+        self,
+        images: Images,
+        maps: Sequence[Tensor] | None,
+        targets: Sequence[Target | dict[str, Tensor]] | None = None,
+    ) -> Outputs:
         """The one pass from images, or from the backbone's maps of a batch, to the predictor's maps."""
         batch = self.batch(images) if maps is None else ImageBatch.of(images)
         features, valid = self._features(self._maps(batch) if maps is None else maps, batch)
-        head = self.run_head(features, valid)
-        return Outputs(batch, valid, head, self._raw(head))
+        wanted = None if targets is None else self._wanted(batch, targets)
+        head = self.run_head(features, valid, wanted)
+        return Outputs(batch, wanted or [], valid, head, self._raw(head))
 
     @abstractmethod
     def _raw(self, head: HeadOutput) -> RawMaps:
         """The predictor's maps."""
 
     @abstractmethod
-    def _terms(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Detection losses by name, for targets as `_wanted` gives them."""
+    def _terms(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Detection losses by name."""
+
+    def _positives(self, outputs: Outputs) -> Callable[[], Tensor] | None:
+        """The predictor's `positive_shares`, not yet taken; None where it does not tell."""
+        return None
 
     @abstractmethod
     def _detections(self, outputs: Outputs) -> list[Detections]:
@@ -244,7 +281,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(dtype)
     if isinstance(value, HeadOutput):
-        return HeadOutput(_cast(value.cls, dtype), _cast(value.reg, dtype), value.routing)
+        return replace(value, cls=_cast(value.cls, dtype), reg=_cast(value.reg, dtype))
     return [_cast(item, dtype) for item in value]
 
 

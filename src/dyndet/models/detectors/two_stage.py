@@ -95,16 +95,16 @@ class TwoStageDetector(PyramidDetector):
         """Without boxes that have no area, too: they have no deltas."""
         return [_solid(target) for target in super()._wanted(batch, targets)]
 
-    def _terms(self, outputs: Outputs, targets: Sequence[Target]) -> dict[str, Tensor]:
+    def _terms(self, outputs: Outputs) -> dict[str, Tensor]:
         """`rpn_cls`, `rpn_box`, `cls`, `box`; `mask` where there are masks."""
-        sizes, features = _sizes(outputs.batch), outputs.head.cls
+        sizes, features, targets = _sizes(outputs.batch), outputs.head.cls, outputs.targets
         terms = self.rpn.losses(outputs.raw, targets, outputs.valid)
         samples = self.predictor.sample(self.rpn.proposals(outputs.raw, sizes, outputs.valid), targets)
         return terms | self.run_part("predictor", self.predictor.losses, features, samples, targets, sizes)
 
     def _detections(self, outputs: Outputs) -> list[Detections]:
         sizes, features = _sizes(outputs.batch), outputs.head.cls
-        proposals = self.rpn.proposals(outputs.raw, sizes, outputs.valid)
+        proposals = self.rpn.proposals(outputs.raw, sizes, outputs.existing(self.rpn))
         found = self.run_part("predictor", self.predictor.detections, features, proposals, sizes)
         return _in_original_pixels(found, outputs.batch)
 

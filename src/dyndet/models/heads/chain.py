@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dyndet.models.detectors.base import Branch, Head
 from dyndet.models.heads.branches import BRANCHES, with_branches
-from dyndet.structures import HeadOutput
+from dyndet.structures import HeadOutput, Target
 
 
 class HeadChain(nn.Module):
@@ -39,9 +39,22 @@ class HeadChain(nn.Module):
         self.attention = attention(channels=channels)
         self.towers = with_branches(towers, branches)(channels=channels)
 
-    def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
-        """L x (B, C, H, W) -> what the towers make of the attended maps."""
-        return self.towers(self.lead(features, valid), valid)
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        valid: Sequence[Tensor] | None = None,
+        *,
+        targets: Sequence[Target] | None = None,
+    ) -> HeadOutput:
+        """L x (B, C, H, W) -> what the towers make of the attended maps; `targets` are for towers that see them."""
+        towers: Callable[..., HeadOutput] = self.towers
+        seen = {} if targets is None else {"targets": targets}
+        return towers(self.lead(features, valid), valid, **seen)
+
+    @property
+    def sees_targets(self) -> bool:
+        """Whether the towers do."""
+        return getattr(self.towers, "sees_targets", False)
 
     @property
     def routed(self) -> Head:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dyndet.models.detectors.base import Branch, RawMaps
 from dyndet.models.heads.init import init_normal
 from dyndet.models.predictors.anchors import AnchorGrid, AnchorTargets, BoxCoder
-from dyndet.models.predictors.maps import check_labels, flat, last_conv, shapes_of, widened
+from dyndet.models.predictors.maps import check_labels, flat, last_conv, level_shares, shapes_of, widened
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Target
 
@@ -128,13 +128,34 @@ class AnchorPredictor(nn.Module, ABC):
 
     def trained_anchors(self, raw: RawMaps, valid: Sequence[Tensor] | None) -> Tensor | None:
         """(B, P) bool, the anchors that losses see; None for all of them."""
-        if valid is None:
-            return None
-        if not self.ignore_padding:
-            if self.valid_divisor is None:
-                return None
-            valid = widened(valid, self.strides, self.valid_divisor)
-        return torch.cat(self._per_anchor(valid), 1)
+        trained = self._trained(valid)
+        return None if trained is None else torch.cat(self._per_anchor(trained), 1)
+
+    @torch.no_grad()
+    def positive_shares(self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None) -> Tensor:
+        """The (L,) share of every level's positions with an anchor that answers for an object; see `losses`."""
+        per_level = [len(level) for level in self.level_anchors(raw)]
+        positive = self.positive_anchors(raw, targets, self.trained_anchors(raw, valid)).split(per_level, 1)
+        positions = [level.unflatten(1, (-1, self.anchors.per_position)).any(2) for level in positive]
+        return level_shares(positions, self._trained(valid))
+
+    def positive_anchors(self, raw: RawMaps, targets: Sequence[Target], trained: Tensor | None) -> Tensor:
+        """(B, P) bool, the anchors that answer for objects.
+
+        Args:
+            raw: from `forward`.
+            targets: per image, without crowd.
+            trained: from `trained_anchors`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say which of its anchors are positive")
+
+    def matched_anchors(
+        self, assigner: Assigner, raw: RawMaps, targets: Sequence[Target], trained: Tensor | None
+    ) -> Tensor:
+        """`positive_anchors` by an assigner."""
+        labels = self.match(assigner, self.level_anchors(raw), targets, trained).labels
+        positive = (labels >= 0) & (labels < self.num_classes)
+        return positive if trained is None else positive & trained
 
     def match(
         self, assigner: Assigner, anchors: Sequence[Tensor], targets: Sequence[Target], trained: Tensor | None
@@ -148,6 +169,12 @@ class AnchorPredictor(nn.Module, ABC):
         masks = [None] * len(targets) if trained is None else list(trained)
         each = [assigner(anchors, target, self.num_classes, mask) for target, mask in zip(targets, masks, strict=True)]
         return AnchorTargets(torch.stack([item.labels for item in each]), torch.stack([item.boxes for item in each]))
+
+    def _trained(self, valid: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
+        """L x (B, 1, H, W) bool, the positions that losses see; None for all of them."""
+        if valid is None or self.ignore_padding:
+            return valid
+        return None if self.valid_divisor is None else widened(valid, self.strides, self.valid_divisor)
 
     def _per_anchor(self, valid: Sequence[Tensor]) -> list[Tensor]:
         """Position masks -> per level (B, P_l) of the anchors there."""

@@ -19,8 +19,8 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from dyndet.models.detectors.base import Branch, RawMaps
 from dyndet.models.heads.init import fill_bias, init_normal
-from dyndet.models.predictors.fcos_assign import CenterSampling
-from dyndet.models.predictors.maps import check_kernel, check_labels, flat, flat_levels, shapes_of
+from dyndet.models.predictors.fcos_assign import CenterSampling, PointTargets
+from dyndet.models.predictors.maps import check_kernel, check_labels, flat, flat_levels, level_shares, shapes_of
 from dyndet.models.predictors.normalise import Normaliser
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.ops.boxes import boxes_from_ltrb, centerness_from_ltrb, iou_log_loss
@@ -137,9 +137,8 @@ class FCOS(nn.Module):
         Raises:
             ValueError: if a label is not in 0..K-1.
         """
-        check_labels(targets, self.num_classes)
         points = self._points(raw)
-        assigned = [self.assigner(points, self.strides, target, self.num_classes) for target in targets]
+        assigned = self._assigned(points, targets)
         labels = torch.stack([item.labels for item in assigned])
         cls = flat_levels(raw, "cls", self.num_classes)
         box = flat_levels(raw, "box", 4)
@@ -172,6 +171,14 @@ class FCOS(nn.Module):
         quality = F.binary_cross_entropy_with_logits(centerness[positive], ideal, reduction="none")
         return {"cls": loss_cls, "box": loss_box, "centerness": (quality / share).sum()}
 
+    @torch.no_grad()
+    def positive_shares(self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None) -> Tensor:
+        """The (L,) share of every level's points that answer for an object; arguments as of `losses`."""
+        points = self._points(raw)
+        labels = torch.stack([item.labels for item in self._assigned(points, targets)])
+        positive = (labels < self.num_classes).split([len(level) for level in points], 1)
+        return level_shares(positive, valid if self.ignore_padding else None)
+
     def detections(self, raw: RawMaps, images: ImageBatch, valid: Sequence[Tensor] | None = None) -> list[Detections]:
         """Detections per image, in pixels of the original images.
 
@@ -192,6 +199,10 @@ class FCOS(nn.Module):
             boxes = boxes_from_ltrb(where, ltrb)
             levels.append((probabilities, scores.sqrt() if self.score == "sqrt" else scores, boxes))
         return self.postprocess(levels, images)
+
+    def _assigned(self, points: Sequence[Tensor], targets: Sequence[Target]) -> list[PointTargets]:
+        check_labels(targets, self.num_classes)
+        return [self.assigner(points, self.strides, target, self.num_classes) for target in targets]
 
     def _distances(self, box: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) distances in pixels from the raw box values."""

@@ -104,13 +104,29 @@ class FreeAnchor(AnchorPredictor):
         negative = torch.stack(background).sum() / (number * self.bag_size).clamp(min=1)
         return {"positive": positive, "negative": negative}
 
+    def positive_anchors(self, raw: RawMaps, targets: Sequence[Target], trained: Tensor | None) -> Tensor:
+        """Those in an object's bag."""
+        check_labels(targets, self.num_classes)
+        anchors = torch.cat(self.level_anchors(raw))
+        everywhere = torch.arange(len(anchors), device=anchors.device)
+        positive = torch.zeros(len(targets), len(anchors), dtype=torch.bool, device=anchors.device)
+        for image, target in enumerate(targets):
+            here = everywhere if trained is None else trained[image].nonzero()[:, 0]
+            if len(target.boxes):
+                positive[image, here[self._bag(target.boxes.to(anchors), anchors[here]).flatten()]] = True
+        return positive
+
+    def _bag(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """(N, size) indices of the anchors that overlap each box most."""
+        size = min(self.bag_size, len(anchors))
+        return torch.cat([box_iou(part, anchors).topk(size, 1)[1] for part in chunks_of(boxes, len(anchors))])
+
     def _bags(self, logits: Tensor, deltas: Tensor, anchors: Tensor, target: Target) -> Tensor:
         """(N,) -alpha log of how likely each box's bag finds it."""
         boxes = target.boxes.to(anchors)
-        size = min(self.bag_size, len(anchors))
         if not len(boxes):
             return logits.new_zeros(0)
-        bag = torch.cat([box_iou(part, anchors).topk(size, 1)[1] for part in chunks_of(boxes, len(anchors))])
+        bag = self._bag(boxes, anchors)
         wanted = self.coder.encode(anchors[bag], boxes[:, None])
         away = F.smooth_l1_loss(deltas[bag], wanted, reduction="none", beta=self.beta).sum(-1)
         # In logarithms: far-off boxes have a likelihood of 0 in float32, but a gradient.

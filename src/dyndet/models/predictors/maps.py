@@ -26,6 +26,19 @@ def shapes_of(raw: RawMaps) -> list[Size]:
     return [(level["cls"].shape[-2], level["cls"].shape[-1]) for level in raw]
 
 
+def level_shares(positive: Sequence[Tensor], counted: Sequence[Tensor] | None) -> Tensor:
+    """The (L,) share of every level's positions that are positive, over the whole batch.
+
+    Args:
+        positive: L x (B, H*W) bool.
+        counted: L x (B, 1, H, W) bool, positions that count; None for all.
+    """
+    areas = [torch.ones_like(level) for level in positive] if counted is None else [mask.flatten(1) for mask in counted]
+    return torch.stack(
+        [(level & area).sum() / area.sum().clamp(min=1) for level, area in zip(positive, areas, strict=True)]
+    )
+
+
 def check_labels(targets: Sequence[Target], num_classes: int) -> None:
     """Counting labels from 1 is a common mistake; the last class would quietly be background.
 

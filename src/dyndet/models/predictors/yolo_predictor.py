@@ -17,7 +17,7 @@ from torchvision.ops import box_convert
 
 from dyndet.models.detectors.base import Branch, RawMaps
 from dyndet.models.predictors.implicit import ImplicitConv
-from dyndet.models.predictors.maps import check_labels
+from dyndet.models.predictors.maps import check_labels, level_shares
 from dyndet.models.predictors.postprocess import Postprocess
 from dyndet.models.predictors.yolo_assign import Matches, Objects, candidates, cheapest
 from dyndet.models.predictors.yolo_loss import decode_place, level_losses
@@ -169,6 +169,18 @@ class YoloPredictor(nn.Module):
             logits.append(rows[:, 4:])
             boxes.append(torch.cat([centre - size / 2, centre + size / 2], 1))
         return proposed if self.assignment == "candidates" else cheapest(proposed, logits, boxes, objects, self.topk)
+
+    @torch.no_grad()
+    def positive_shares(self, raw: RawMaps, targets: Sequence[Target], valid: Sequence[Tensor] | None = None) -> Tensor:
+        """The (L,) share of every level's positions that answer for an object; arguments as of `losses`."""
+        check_labels(targets, self.num_classes)
+        matches = self.assign(raw, Objects.of(targets, raw[0]["pred"].device), self._masks(raw, valid))
+        positive = []
+        for level, found in zip(raw, matches, strict=True):
+            answers = torch.zeros_like(level["pred"][:, 0, ..., 0], dtype=torch.bool)  # (B, H, W)
+            answers[found.image, found.row, found.column] = True
+            positive.append(answers.flatten(1))
+        return level_shares(positive, valid if self.ignore_padding else None)
 
     def decode(self, raw: RawMaps) -> Tensor:
         """(B, P, 5 + K) float32: x, y, w, h in pixels, objectness, classes, of all levels; rows run A, H, W."""
