@@ -20,7 +20,7 @@ from dyndet.structures import Batch, Category, ImageBatch, Target
 SMALL = ["data.size=64", "neck.channels=16"]
 FAMILIES = {
     "fine-grained": ("shapes_dyn", [*SMALL, "head.depth=1", "head.norm_groups=4"]),
-    "dyhead": ("shapes_dyhead", [*SMALL, "head.gn_groups=4"]),
+    "dyhead": ("shapes_dyn", [*SMALL, "head=dyhead_small", "head.gn_groups=4"]),
     "dynamicdet": ("shapes_dy_tiny", []),
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
