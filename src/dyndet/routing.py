@@ -6,7 +6,7 @@ Legend: B images, L levels, P positions of all levels and images, S = L x B segm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -124,12 +124,10 @@ class Routing:
         return self.per_image(self.spread(lambda path, gate: gate.detach() if path.path in detach else gate))
 
     def used(self) -> Tensor:
-        with torch.no_grad():
-            return self.per_image(self.spread(self._executed))
+        return self.per_image(self.spent())
 
     def full(self) -> Tensor:
-        with torch.no_grad():
-            return self._everywhere(lambda path: sum(cost.macs for cost in path.costs))
+        return self._everywhere(lambda path: sum(cost.macs for cost in path.costs))
 
     def overhead(self) -> Tensor:
         return self._everywhere(lambda path: path.router_macs)
@@ -195,11 +193,7 @@ class Routing:
 
     def named(self, prefix: str) -> Routing:
         """The same decisions, told apart from those of another detector."""
-        paths = tuple(
-            GatedPath(prefix + path.node, path.path, path.costs, path.router_macs, path.sparse, path.levels)
-            for path in self.paths
-        )
-        return Routing(self.layout, paths, self.gates, self.valid, self.work)
+        return replace(self, paths=tuple(replace(path, node=prefix + path.node) for path in self.paths))
 
     def _runs(self) -> Iterator[tuple[GatedPath, Tensor]]:
         """Neighbouring gates that cost the same and are called alike: the first path, and their rows."""
