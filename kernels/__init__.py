@@ -9,10 +9,10 @@ of them can be captured in a CUDA graph.
 from .conv import PositionNorm, conv, tile_rows
 from .conv_backward import conv_weight_grad
 from .depthwise import depthwise, depthwise_weight_grad
-from .norm import Stats, norm
-from .norm_backward import norm_backward
-from .place import place, place_backward
+from .group_norm import Stats, group_norm
+from .group_norm_backward import group_norm_backward
 from .plan import Plan, plan
+from .scatter_add import scatter_add, scatter_add_backward
 
 __all__ = [
     "Plan",
@@ -22,10 +22,10 @@ __all__ = [
     "conv_weight_grad",
     "depthwise",
     "depthwise_weight_grad",
-    "norm",
-    "norm_backward",
-    "place",
-    "place_backward",
+    "group_norm",
+    "group_norm_backward",
     "plan",
+    "scatter_add",
+    "scatter_add_backward",
     "tile_rows",
 ]

@@ -61,12 +61,12 @@ def conv(
     offsets: Tensor,
     *,
     transposed: bool = False,
-    place: bool = False,
+    scatter: bool = False,
     norm: PositionNorm | None = None,
     tf32: bool = False,
     density: float | None = None,
 ) -> Tensor:
-    """3x3 convolution at the positions of a plan, or its adjoint. Two launches, one more to clear with `place`.
+    """3x3 convolution at the positions of a plan, or its adjoint. Two launches, one more to clear with `scatter`.
 
     Args:
         x: (R+1, Cin) float32, float16 or bfloat16; the last row is not read. With `transposed` (R+1, O).
@@ -78,13 +78,13 @@ def conv(
         offsets: (S+1,) int32 of the output's plan.
         transposed: apply W_{8-t} transposed instead of W_t: the gradient towards x of a convolution whose output
             plan was that of x and whose input plan was that of `positions`.
-        place: store row n at row positions[n] of an output that is zero elsewhere.
+        scatter: store row n at row positions[n] of an output that is zero elsewhere.
         norm: applied to every output row.
         tf32: let float32 use tensor cores, at a tenth of the precision digits.
         density: expected share of active positions; chooses the tile, never the result.
 
     Returns:
-        (P+1, O), with `transposed` (P+1, Cin), of the dtype of x; without `place` undefined beyond the active rows.
+        (P+1, O), with `transposed` (P+1, Cin), of the dtype of x; without `scatter` undefined beyond the active rows.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit, or groups of more than 256 channels in `norm`.
@@ -102,7 +102,7 @@ def conv(
         group, padded = group_shape(outputs, norm.groups)
         tile, width = configs.normalised(tile, padded), norm.groups * padded
     tiles = triton.cdiv(total, tile.rows) * triton.cdiv(width, tile.columns)
-    out = (x.new_zeros if place else x.new_empty)(total + 1, outputs)
+    out = (x.new_zeros if scatter else x.new_empty)(total + 1, outputs)
     rows = table(positions, inverse, neighbours, offsets)
     run(
         gather_gemm,
@@ -123,7 +123,7 @@ def conv(
         inputs=inputs,
         outputs=outputs,
         transposed=transposed,
-        place=place,
+        scatter=scatter,
         group=group,
         padded=padded,
         relu=norm is not None and norm.relu,
@@ -181,7 +181,7 @@ def gather_gemm(
     inputs: tl.constexpr,
     outputs: tl.constexpr,
     transposed: tl.constexpr,
-    place: tl.constexpr,
+    scatter: tl.constexpr,
     group: tl.constexpr,
     padded: tl.constexpr,
     relu: tl.constexpr,
@@ -239,6 +239,6 @@ def gather_gemm(
             total += tl.load(shift + column, mask=live, other=0.0).to(tl.float32)[None, :]
             if relu:
                 total = tl.maximum(total, 0.0)
-        target_row = tl.load(positions + row, mask=inside, other=0) if place else row
+        target_row = tl.load(positions + row, mask=inside, other=0) if scatter else row
         address = out + target_row.to(tl.int64)[:, None] * outputs + column[None, :]
         tl.store(address, total.to(out.dtype.element_ty), mask=inside[:, None] & live[None, :])

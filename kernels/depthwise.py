@@ -36,9 +36,9 @@ def depthwise(
     offsets: Tensor,
     *,
     transposed: bool = False,
-    place: bool = False,
+    scatter: bool = False,
 ) -> Tensor:
-    """Depthwise 3x3 convolution at the positions of a plan, or its adjoint. One launch, one more with `place`.
+    """Depthwise 3x3 convolution at the positions of a plan, or its adjoint. One launch, one more with `scatter`.
 
     Args:
         x: (R+1, C) float32, float16 or bfloat16; the last row is not read.
@@ -49,10 +49,10 @@ def depthwise(
         neighbours: (P, 9) int32.
         offsets: (S+1,) int32 of the output's plan.
         transposed: flip the taps: the gradient towards x, with the two plans exchanged.
-        place: store row n at row positions[n] of an output that is zero elsewhere.
+        scatter: store row n at row positions[n] of an output that is zero elsewhere.
 
     Returns:
-        (P+1, C) of the dtype of x; without `place` undefined beyond the active rows.
+        (P+1, C) of the dtype of x; without `scatter` undefined beyond the active rows.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit.
@@ -61,7 +61,7 @@ def depthwise(
     if weight.shape[1:] != (1, 3, 3):
         raise ValueError(f"weight must be (C, 1, 3, 3), got {tuple(weight.shape)}")
     x = check_rows(x, channels)
-    out = (x.new_zeros if place else x.new_empty)(total + 1, channels)
+    out = (x.new_zeros if scatter else x.new_empty)(total + 1, channels)
     block_rows, block_columns = depthwise_block(channels)
     tiles = triton.cdiv(total, block_rows) * triton.cdiv(channels, block_columns)
     run(
@@ -79,7 +79,7 @@ def depthwise(
         offsets.shape[0] - 1,
         channels=channels,
         transposed=transposed,
-        place=place,
+        scatter=scatter,
         block_rows=block_rows,
         block_columns=block_columns,
         num_warps=4,
@@ -154,7 +154,7 @@ def depthwise_rows(
     segments,
     channels: tl.constexpr,
     transposed: tl.constexpr,
-    place: tl.constexpr,
+    scatter: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -181,7 +181,7 @@ def depthwise_rows(
             )
             factor = tl.load(weight + column * 9 + (8 - tap if transposed else tap), mask=live, other=0.0)
             total += value.to(tl.float32) * factor.to(tl.float32)[None, :]
-        target_row = position if place else row
+        target_row = position if scatter else row
         address = out + target_row.to(tl.int64)[:, None] * channels + column[None, :]
         tl.store(address, total.to(out.dtype.element_ty), mask=inside[:, None] & live[None, :])
 

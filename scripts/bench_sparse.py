@@ -1,6 +1,6 @@
 """Dense against sparse execution of masked 3x3 convolutions: paired timings of this machine, checked in the same run.
 
-    python scripts/bench_sparse.py [--mode conv|block|train|head|trainhead|subm] [--device cuda] [--json FILE] ...
+    python scripts/bench_sparse.py [--mode conv|block|train|head|trainhead|step|subm] [--device cuda] [--json FILE] ...
     python scripts/bench_sparse.py --suite cpu --json outputs/bench.jsonl    (then scripts/check_goals.py)
 
 conv       one convolution, rows in, rows out, the plan ready; dense: conv2d of the channels-last maps
@@ -9,6 +9,7 @@ train      forward and backward of one convolution
 head       a whole fine-grained head whose gates are forced open at the wanted density; dense: every position of the
            same head (CUDA: the fixed head)
 trainhead  a whole head forward and backward; dense: the fixed head
+step       a whole training step of bccd_dyn; dense: with the fixed head
 subm       rows to the same rows; "dense": the submanifold convolution of spconv-triton, where that is installed
 
 Every round times each variant once, in rotated order; a ratio is the median over rounds of dense / sparse time. A case

@@ -129,12 +129,12 @@ def calls(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                     yield f"{variant} tf32", partial(weight_grad, tf32=True)
                 yield variant, weight_grad
             yield (
-                f"{variant} norm place",
-                partial(kernels.conv, rows, weight, None, *whole, norm=position_norm, place=True),
+                f"{variant} norm scatter",
+                partial(kernels.conv, rows, weight, None, *whole, norm=position_norm, scatter=True),
             )
 
             single = meta(channels, 1, 3, 3, dtype=dtype)
-            yield f"{variant} forward", partial(kernels.depthwise, rows, single, vector, *whole, place=True)
+            yield f"{variant} forward", partial(kernels.depthwise, rows, single, vector, *whole, scatter=True)
             yield f"{variant} transposed", partial(kernels.depthwise, rows, single, None, *gather, transposed=True)
             yield variant, partial(kernels.depthwise_weight_grad, rows, rows, *gather)
             if channels > 64:
@@ -146,22 +146,20 @@ def calls(quick: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 def normalisations(
     variant: str, rows: Tensor, vector: Tensor, plan: tuple[Tensor, ...], groups: int, stats: str
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The calls of `norm`, `place` and their gradients."""
-    positions, _, segment, offsets = plan
-    walk = (positions, segment, offsets)
+    """The calls of `group_norm`, `scatter_add` and their gradients."""
+    positions, inverse, segment, offsets = plan
     gate = meta(POSITIONS, dtype=torch.float32)
     statistics = meta(POSITIONS if stats == "position" else SEGMENTS, groups, dtype=torch.float32)
-    options: dict[str, Any] = {"groups": groups, "stats": stats, "relu": True}
-    yield f"{variant} {stats}", partial(kernels.norm, rows, vector, vector, *walk, eps=1e-5, **options)
-    operands = (rows, rows, rows, vector, statistics, statistics)
-    yield f"{variant} {stats}", partial(kernels.norm_backward, *operands, *walk, **options)
-    yield f"{variant} normalised", partial(kernels.place, rows, None, None, gate, rows, *plan, eps=1e-5, **options)
+    options: dict[str, Any] = {"groups": groups, "eps": 1e-5, "stats": stats, "relu": True}
+    yield f"{variant} {stats}", partial(kernels.group_norm, rows, vector, vector, offsets, **options)
+    operands = (rows, rows, rows, vector, statistics, statistics, offsets)
+    yield f"{variant} {stats}", partial(kernels.group_norm_backward, *operands, stats=stats)
     for residual in (None, rows):
-        ending = f"{variant} place {stats}" if residual is None else f"{variant} place {stats} residual"
-        operands = (rows, vector, vector, gate, residual)
-        yield ending, partial(kernels.place, *operands, *plan, eps=1e-5, **options)
-        operands = (rows, rows, rows, vector, vector, statistics, statistics, gate)
-        yield ending, partial(kernels.place_backward, *operands, *plan, residual=residual is not None, **options)
+        ending = f"{variant} scatter {stats}" if residual is None else f"{variant} scatter {stats} residual"
+        operands = (rows, vector, vector, gate, residual, inverse, segment, offsets)
+        yield ending, partial(kernels.scatter_add, *operands, **options)
+        operands = (rows, rows, rows, vector, vector, statistics, statistics, gate, positions, offsets)
+        yield ending, partial(kernels.scatter_add_backward, *operands, stats=stats, residual=residual is not None)
 
 
 @cache

@@ -96,4 +96,4 @@ def test_no_two_files_of_one_name_where_a_reader_must_guess() -> None:
 
 def test_kernels_are_imported_from_one_place() -> None:
     users = {name_of(path) for path in MODULES if any(item.startswith("kernels") for item in imports(path))}
-    assert {user for user in users if not user.startswith("kernels")} == {"ops.sparse.execute.triton"}
+    assert {user for user in users if not user.startswith("kernels")} == {"ops.sparse.triton_backend"}

@@ -13,8 +13,8 @@ from dyndet.structures import Size
 
 from .masks import Mask, density_for
 
-Mode = Literal["conv", "block", "train", "head", "trainhead", "subm"]
-MODES: tuple[Mode, ...] = ("conv", "block", "train", "head", "trainhead", "subm")
+Mode = Literal["conv", "block", "train", "head", "trainhead", "step", "subm"]
+MODES: tuple[Mode, ...] = ("conv", "block", "train", "head", "trainhead", "step", "subm")
 Norm = Literal["active", "position"]
 NORMS: tuple[Norm, ...] = ("active", "position")
 
@@ -66,7 +66,7 @@ class Case:
     @property
     def name(self) -> str:
         parts = [self.mode, self.device, self.dtype, self.levels, f"b{self.batch}", f"c{self.channels}"]
-        if self.mode in ("head", "trainhead"):
+        if self.mode in ("head", "trainhead", "step"):
             parts.append(f"d{self.depth}")
         return " ".join([*parts, self.impl, *([self.norm] if self.norm != "active" else []), self.mask])
 
@@ -117,6 +117,7 @@ def defaults(mode: Mode) -> Case:
         "train": Case("train", 10, levels="P4", batch=2),
         "head": Case("head", 10, levels="all"),
         "trainhead": Case("trainhead", 10, levels="bccd", batch=8, channels=64, depth=2),
+        "step": Case("step", 10, levels="bccd", batch=8, channels=64, depth=2),
         "subm": Case("subm", 20, device="cuda", dtype="float16", batch=16, impl="triton"),
     }[mode]
 
@@ -131,7 +132,7 @@ def _cpu() -> Iterator[Case]:
         for mode in ("conv", "block"):
             yield from _each(replace(defaults(mode), dtype=dtype), 5, 10, 20, 30, 50, 100)
     yield from _each(defaults("train"), 10, 20)
-    yield from _each(defaults("trainhead"), 5, 10, 20, 50, 100)
+    yield from _each(defaults("step"), 5, 10, 20, 50, 100)
     yield from _each(defaults("head"), 10, 20)
 
 

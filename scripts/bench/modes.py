@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from dyndet.models.heads.fine_grained import FineGrainedHead, FineGrainedNode
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.paths import DepthPath
-from dyndet.ops.sparse import Plan, RowLayout, choose, conv_rows, make_plans, whole_plan
+from dyndet.ops.sparse import Plan, RowLayout, choose, conv, make_plans, whole_plan
 from dyndet.structures import HeadOutput
 
 from . import reference
 from .cases import DTYPES, Case
 from .masks import ForcedGates, block_macs, masks
+from .steps import detector_of, training_step
 from .timing import Run
 
 
@@ -104,7 +105,8 @@ def build(case: Case) -> Bench:
         UnavailableError: where it cannot run.
     """
     return {
-        "conv": _conv, "block": _block, "train": _train, "head": _head, "trainhead": _train_head, "subm": _subm,
+        "conv": _conv, "block": _block, "train": _train, "head": _head, "trainhead": _train_head, "step": _step,
+        "subm": _subm,
     }[case.mode](Scene(case))  # fmt: skip
 
 
@@ -115,7 +117,7 @@ def _conv(scene: Scene) -> Bench:
 
     @torch.no_grad()
     def sparse() -> Tensor:
-        return conv_rows(scene.rows, weight, source=whole, target=plan, impl=case.impl)
+        return conv(scene.rows, weight, source=whole, target=plan, impl=case.impl)
 
     @torch.no_grad()
     def dense() -> list[Tensor]:
@@ -194,7 +196,7 @@ def _train(scene: Scene) -> Bench:
     grads = [torch.randn_like(x) for x in leaves]
 
     def sparse() -> tuple[Tensor, ...]:
-        out = conv_rows(rows, weight, source=whole, target=plan, impl=case.impl)
+        out = conv(rows, weight, source=whole, target=plan, impl=case.impl)
         return (out, *torch.autograd.grad(out, (rows, weight), grad))
 
     def dense() -> tuple[Tensor, ...]:
@@ -260,6 +262,25 @@ def _train_head(scene: Scene) -> Bench:
         lambda: step(twin), lambda: step(head), _head_error(scene, head), scene.path((1, 0)),
         _head_macs(head(scene.maps)), scene.masks,
     )  # fmt: skip
+
+
+def _step(scene: Scene) -> Bench:
+    """A training step of `bccd_dyn`, against the same with the fixed head; of the case it takes batch and density.
+
+    What is checked is the head of the case, which has the size of that experiment.
+    """
+    case, head = scene.case, _gated(scene).eval()
+    dense, sparse = (
+        training_step(detector_of("bccd_dyn", density), case.batch, (240, 320))
+        for density in (None, case.density / 100)
+    )
+    check = _head_error(scene, head)
+
+    @torch.no_grad()
+    def run() -> HeadOutput:
+        return head(scene.maps)
+
+    return Bench(dense, sparse, lambda _: check(run()), scene.path((1, 0)), _head_macs(run()), scene.masks)
 
 
 def _gated(scene: Scene) -> FineGrainedHead:
@@ -329,7 +350,7 @@ def _subm(scene: Scene) -> Bench:
 
     @torch.no_grad()
     def sparse() -> Tensor:
-        return conv_rows(x, weight, source=plan, target=plan, impl=case.impl)
+        return conv(x, weight, source=plan, target=plan, impl=case.impl)
 
     @torch.no_grad()
     def dense() -> Tensor:

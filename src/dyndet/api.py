@@ -15,7 +15,7 @@ from dyndet.cli.compose import build, compose_experiment
 from dyndet.errors import UserError
 from dyndet.models.detectors.base import Detector, SwitchableHead
 from dyndet.models.fuse import fused
-from dyndet.ops.sparse.impl import Impl
+from dyndet.ops.sparse.backend import Impl
 from dyndet.speeds.set import Calibration, set_speed
 
 

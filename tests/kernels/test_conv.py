@@ -76,7 +76,7 @@ def test_masks(kind: str, place: bool) -> None:
     x = random(SMALL.total, 16)
     weight, bias = layer(16, 16, torch.float32)
     arguments = (plan.positions, None, SMALL.neighbours, plan.offsets)
-    out = kernels.conv(poisoned(x, SMALL.total), weight, bias, *arguments, place=place)
+    out = kernels.conv(poisoned(x, SMALL.total), weight, bias, *arguments, scatter=place)
     dense = SMALL.conv(x.double(), weight.double(), bias.double())
     if place:
         expected = torch.cat([dense * (gate > 0)[:, None], dense[:1] * 0])

@@ -29,7 +29,7 @@ def test_place(density: float) -> None:
     x = random(SMALL.total, 16)
     weight = random(16, 1, 3, 3, seed=1)
     arguments = (plan.positions, None, SMALL.neighbours, plan.offsets)
-    out = kernels.depthwise(poisoned(x, SMALL.total), weight, None, *arguments, place=True)
+    out = kernels.depthwise(poisoned(x, SMALL.total), weight, None, *arguments, scatter=True)
     dense = SMALL.conv(x.double(), weight.double(), groups=16)
     expected = spread(plan, rows_of(plan, dense), SMALL.total + 1)
     assert_close(out, expected, TOLERANCE[torch.float32])

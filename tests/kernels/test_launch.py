@@ -33,21 +33,20 @@ def test_launchers_never_look_at_values(capability: int) -> None:
         (plan,) = kernels.plan(gate, None, neighbours, segment, 4, (1,))
         assert len(launches) == 2
         gather = (plan.positions, plan.inverse, neighbours, plan.offsets)
-        walk = (plan.positions, segment, plan.offsets)
-        around = (plan.positions, plan.inverse, segment, plan.offsets)
+        around = (plan.inverse, segment, plan.offsets)
         assert kernels.conv(rows, weight, None, *gather).shape == (total + 1, channels)
         assert len(launches) == 4
         kernels.conv_weight_grad(rows, rows, *gather)
-        kernels.depthwise(rows, single, None, *gather, place=True)
+        kernels.depthwise(rows, single, None, *gather, scatter=True)
         kernels.depthwise_weight_grad(rows, rows, *gather)
         start = len(launches)
-        kernels.norm(rows, vector, vector, *walk, groups=2, eps=1e-5, stats="active", relu=True)
-        kernels.place(rows, vector, vector, gate, rows, *around, groups=2, eps=1e-5, stats="active", relu=True)
+        kernels.group_norm(rows, vector, vector, plan.offsets, groups=2, eps=1e-5, stats="active", relu=True)
+        kernels.scatter_add(rows, vector, vector, gate, rows, *around, groups=2, eps=1e-5, stats="active", relu=True)
         assert len(launches) == start + 4
         operands = (rows, rows, rows, vector, statistics, statistics)
-        kernels.norm_backward(*operands, *walk, groups=2, stats="active", relu=True)
+        kernels.group_norm_backward(*operands, plan.offsets, stats="active")
         operands = (rows, rows, rows, vector, vector, statistics, statistics, gate)
-        kernels.place_backward(*operands, *around, groups=2, stats="active", relu=True, residual=True)
+        kernels.scatter_add_backward(*operands, plan.positions, plan.offsets, stats="active", residual=True)
 
 
 def test_refuses_the_cpu() -> None:
@@ -115,17 +114,17 @@ def test_nothing_outside_is_touched(stats: kernels.Stats) -> None:
     with launch.recorded(launch.Target(80, 1)) as launches:
         (plan,) = kernels.plan(gate, None, SMALL.neighbours, SMALL.segment, SMALL.segments, (1,))
         gather = (plan.positions, plan.inverse, SMALL.neighbours, plan.offsets)
-        walk, around = (plan.positions, SMALL.segment, plan.offsets), (*plan[:2], SMALL.segment, plan.offsets)
+        around = (plan.inverse, SMALL.segment, plan.offsets)
         kernels.conv(x, weight, vector, *gather, norm=fused)
-        kernels.conv(x, weight, None, *gather, transposed=True, place=True)
+        kernels.conv(x, weight, None, *gather, transposed=True, scatter=True)
         kernels.conv_weight_grad(x, x, *gather)
         kernels.depthwise(x, single, vector, *gather)
         kernels.depthwise_weight_grad(x, x, *gather)
-        y, mean, rstd = kernels.norm(x, vector, vector, *walk, eps=1e-5, **options)
-        kernels.norm_backward(x, x, y, vector, mean, rstd, *walk, **options)
-        z, mean, rstd = kernels.place(x, vector, vector, gate, x, *around, eps=1e-5, **options)
-        assert mean is not None and rstd is not None
-        kernels.place_backward(x, z, x, vector, vector, mean, rstd, gate, *around, residual=False, **options)
+        y, mean, rstd = kernels.group_norm(x, vector, vector, plan.offsets, eps=1e-5, **options)
+        kernels.group_norm_backward(x, x, y, vector, mean, rstd, plan.offsets, stats=stats)
+        z, mean, rstd = kernels.scatter_add(x, vector, vector, gate, x, *around, eps=1e-5, **options)
+        operands = (x, z, x, vector, vector, mean, rstd, gate)
+        kernels.scatter_add_backward(*operands, plan.positions, plan.offsets, stats=stats, residual=False)
     assert len({item.kernel.__name__ for item in launches}) >= 11
     for item in launches:
         run_guarded(item)

@@ -87,7 +87,7 @@ def test_logits_of_several_gates_are_their_convolutions(kernel: int) -> None:
     maps = [torch.randn(2, 6, 5, 4), torch.randn(2, 6, 3, 1)]
     layout = RowLayout.of(maps)
     gates = [GateConv(6, kernel=kernel, bias=bias) for bias in (0.5, -1.0)]
-    logits, _ = gate_logits(gates, layout.rows(maps), layout)
+    logits = gate_logits(gates, layout.rows(maps), layout)
     for gate, flat in zip(gates, logits, strict=True):
         for x, level in zip(maps, layout.unflat(flat), strict=True):
             assert torch.allclose(level, gate.conv(x), atol=1e-5)

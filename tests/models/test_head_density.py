@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from dyndet.models.heads import fine_grained
 from dyndet.models.heads.fine_grained import FineGrainedHead
-from dyndet.ops.sparse import Plan, RowLayout, choose, density
-from dyndet.ops.sparse.execute import triton
+from dyndet.ops.sparse import Plan, RowLayout, backend, choose, density
 from dyndet.structures import HeadOutput
 
 SHAPES = ((8, 8), (4, 4))
@@ -121,7 +120,7 @@ def test_what_a_step_found_is_expected_of_the_next(device: Device) -> None:
 
 
 def test_what_is_expected_changes_the_execution_and_no_result(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "serves", lambda device: True)
+    monkeypatch.setattr(backend, "serves", lambda device: True)
     head = make(impl="auto")
     outputs = []
     for executed_densely in (True, False):

@@ -129,8 +129,8 @@ def test_cuda_is_missed(arguments: list[str], capsys: pytest.CaptureFixture[str]
 def test_a_wrong_result_is_an_error(
     fault: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right: Callable[..., Tensor] = bench.modes.conv_rows
-    monkeypatch.setattr(bench.modes, "conv_rows", lambda *args, **options: right(*args, **options) * fault)
+    right: Callable[..., Tensor] = bench.modes.conv
+    monkeypatch.setattr(bench.modes, "conv", lambda *args, **options: right(*args, **options) * fault)
     assert smoke("--density", "20") == 1
     captured = capsys.readouterr()
     assert "WRONG" in captured.out and "1 wrong" in captured.out

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyndet.ops.sparse.impl import SwitchableHead
+from dyndet.ops.sparse.backend import SwitchableHead
 from dyndet.routing import Routing
 from dyndet.structures import HeadOutput, ImageBatch, Size
 

@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dyndet.ops.sparse import Impl, RowLayout, Stats, conv_rows, make_plans, norm_rows, place_rows, whole_plan
-from dyndet.ops.sparse.plan import _active, _static_plan
+from dyndet.ops.sparse import (
+    Impl,
+    Norm,
+    Plan,
+    RowLayout,
+    Stats,
+    conv,
+    group_norm,
+    make_plans,
+    scatter_add,
+    torch_backend,
+    whole_plan,
+)
 
 GROUPS = 2
 
@@ -66,12 +77,11 @@ class Block:
         layout = RowLayout.of(maps)
         rows, gate = layout.rows(maps), layout.flat(gates)[0]
         inner, outer = make_plans(gate.detach(), layout, reaches=(1, 0), impl=impl)
-        hidden = conv_rows(rows, w1, b1, source=whole_plan(layout), target=inner, impl=impl)
-        hidden = norm_rows(hidden, GROUPS, s1, t1, plan=inner, stats=stats, relu=True, impl=impl)
-        hidden = conv_rows(hidden, w2, source=inner, target=outer, impl=impl)
-        out = place_rows(
-            hidden, GROUPS, s2, t2, gate, residual=rows, plan=outer, stats=stats, relu=True, impl=impl
-        )  # fmt: skip
+        hidden = conv(rows, w1, b1, source=whole_plan(layout), target=inner, impl=impl)
+        hidden = group_norm(hidden, Norm(s1, t1, GROUPS, stats=stats), plan=inner, relu=True, impl=impl)
+        hidden = conv(hidden, w2, source=inner, target=outer, impl=impl)
+        norm = Norm(s2, t2, GROUPS, stats=stats)
+        out = scatter_add(hidden, norm, gate, residual=rows, plan=outer, relu=True, impl=impl)
         assert not out[-1].any()
         return self._results(layout.maps(out), maps, gates, parameters)
 
@@ -122,7 +132,8 @@ def test_undefined_rows_are_never_read(impl: Impl) -> None:
     layout = RowLayout(((5, 6),), 1, torch.device("cpu"))
     gate = (torch.rand(layout.positions) < 0.3).float()
     exact = make_plans(gate, layout, reaches=(1, 0), impl="gather")
-    roomy = [_static_plan(active, layout, None) for active in _active(gate, layout, None, (1, 0))]
+    tensors = torch_backend.plan(gate, None, layout, (1, 0), exact=False)
+    roomy = [Plan.of(tensors[:3], layout), Plan.of(tensors[3:], layout)]
     if impl == "triton":
         roomy = make_plans(gate, layout, reaches=(1, 0), impl="triton")
     weight, scale, shift = torch.randn(4, 4, 3, 3), torch.randn(4), torch.randn(4)
@@ -133,8 +144,8 @@ def test_undefined_rows_are_never_read(impl: Impl) -> None:
         x[: len(features)] = features
         x[-1] = 0
         x.requires_grad_()
-        y = conv_rows(x, weight, source=inner, target=outer, impl=how)  # type: ignore[arg-type]
-        out = place_rows(y, 2, scale, shift, gate, plan=outer, impl=how)  # type: ignore[arg-type]
+        y = conv(x, weight, source=inner, target=outer, impl=how)  # type: ignore[arg-type]
+        out = scatter_add(y, Norm(scale, shift, 2), gate, plan=outer, impl=how)  # type: ignore[arg-type]
         (out * torch.arange(4)).sum().backward()
         assert x.grad is not None
         results.append((out, x.grad[: len(features)]))
@@ -148,9 +159,9 @@ def test_kernels_refuse_plans_without_room() -> None:
     (plan,) = make_plans((torch.rand(30) < 0.3).float(), layout, impl="gather")
     x = torch.randn(plan.capacity + 1, 4)
     with pytest.raises(ValueError, match="same impl"):
-        norm_rows(x, 2, torch.ones(4), torch.zeros(4), plan=plan, impl="triton")
+        group_norm(x, Norm(torch.ones(4), torch.zeros(4), 2), plan=plan, impl="triton")
     with pytest.raises(ValueError, match="same impl"):
-        conv_rows(x, torch.zeros(4, 4, 3, 3), source=plan, target=plan, impl="triton")
+        conv(x, torch.zeros(4, 4, 3, 3), source=plan, target=plan, impl="triton")
 
 
 def test_large_means_do_not_cancel() -> None:
@@ -159,7 +170,7 @@ def test_large_means_do_not_cancel() -> None:
     x[-1] = 0
     expected = F.group_norm(x[:-1].t()[None].double(), 2)[0].t()
     for impl in ("gather", "triton"):
-        y = norm_rows(x, 2, torch.ones(8), torch.zeros(8), plan=whole_plan(layout), impl=impl)  # type: ignore[arg-type]
+        y = group_norm(x, Norm(torch.ones(8), torch.zeros(8), 2), plan=whole_plan(layout), impl=impl)  # type: ignore[arg-type]
         assert torch.allclose(y[:-1].double(), expected, atol=1e-4)
 
 
@@ -167,6 +178,6 @@ def test_wrong_shapes_are_named() -> None:
     layout = RowLayout(((4, 4),), 1, torch.device("cpu"))
     whole = whole_plan(layout)
     with pytest.raises(ValueError, match="weight"):
-        conv_rows(torch.zeros(17, 4), torch.zeros(4, 3, 3, 3), source=whole, target=whole)
+        conv(torch.zeros(17, 4), torch.zeros(4, 3, 3, 3), source=whole, target=whole)
     with pytest.raises(ValueError, match="x has 16 rows"):
-        conv_rows(torch.zeros(16, 4), torch.zeros(4, 4, 3, 3), source=whole, target=whole)
+        conv(torch.zeros(16, 4), torch.zeros(4, 4, 3, 3), source=whole, target=whole)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dyndet.ops.sparse import RowLayout, make_plans
-from dyndet.ops.sparse.execute import gather
-from dyndet.ops.sparse.impl import choose, crossover
-from dyndet.ops.sparse.tables import neighbours
+from dyndet.ops.sparse import RowLayout, make_plans, torch_backend, whole_plan
+from dyndet.ops.sparse.backend import choose, crossover
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_many_chunks_against_float64(dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "_LEAST_BYTES", 1)
-    monkeypatch.setattr(gather, "_MOST_BYTES", 1)  # the least that is taken: 64 rows
+    module = importlib.import_module("dyndet.ops.sparse.torch_backend.conv")
+    monkeypatch.setattr(module, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(module, "_MOST_BYTES", 1)  # the least that is taken: 64 rows
     torch.manual_seed(0)
     layout = RowLayout(((17, 19), (9, 10)), 2, CPU)
     (plan,) = make_plans(torch.rand(layout.positions) < 0.4, layout)
@@ -25,9 +26,10 @@ def test_many_chunks_against_float64(dtype: torch.dtype, error: float, monkeypat
     x = torch.randn(layout.positions + 1, 8).to(dtype)
     x[-1] = 0
     weight, grad = torch.randn(5, 8, 3, 3).to(dtype), torch.randn(plan.capacity + 1, 5).to(dtype)
-    index = gather.taps(plan.positions, None, neighbours(layout), plan.capacity)
-    out = gather.conv(x, weight, None, index, plan.capacity)
-    found = [out[:-1], *gather.conv_backward(grad, x, weight, index, (True, True))]
+    plans = whole_plan(layout), plan
+    out = torch_backend.conv(x, weight, None, *plans, "gather", False)
+    grads = torch_backend.conv_backward(grad, x, weight, *plans, (True, True, False), "gather", False)
+    found = [out[:-1], *grads[:2]]
 
     exact, kernel = x.double().requires_grad_(), weight.double().requires_grad_()
     rows = layout.rows([F.conv2d(level, kernel, padding=1) for level in layout.maps(exact)])

@@ -12,24 +12,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndet.models.heads.fine_grained import FineGrainedHead
+from dyndet.models.heads.paths import DepthPath, ScalePath
 from dyndet.ops.sparse import (
-    ConvNorm,
+    Norm,
     Plan,
     RowLayout,
-    conv_rows,
-    depth_rows,
-    exchange_rows,
-    logit_rows,
+    conv,
+    exchange,
+    gate_logits,
+    group_norm,
     make_plans,
-    norm_rows,
-    place_rows,
-    scale_rows,
+    scatter_add,
     whole_plan,
 )
-from dyndet.ops.sparse import (
-    logits as logits_module,
-)
-from dyndet.ops.sparse.tables import neighbours, segment
 
 SHAPES = ((5, 4), (3, 2))
 
@@ -53,63 +48,45 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.mark.parametrize("how", ["gather", "dense"])
 @pytest.mark.parametrize("biased", [True, False])
-def test_conv_rows(how: str, biased: bool) -> None:
+def test_conv(how: str, biased: bool) -> None:
     s = setting()
     layout, whole, plan = s["layout"], whole_plan(s["layout"]), s["plan"]
     bias = s["shift"] if biased else None
     for source, target, x in ((whole, plan, s["rows"]), (plan, plan, s["active"])):
-        arguments = (
-            x, s["weight"], bias, *source.tensors, *target.tensors, neighbours(layout), layout.sizes,
-            source.whole, target.whole, how, -1.0, True,
-        )  # fmt: skip
-        torch.library.opcheck(torch.ops.dyndet.conv_rows.default, arguments, test_utils=CHECKS)
+        plans = source.tensors, target.tensors, layout.sizes
+        arguments = (x, s["weight"], bias, *plans, how, None, True)
+        torch.library.opcheck(torch.ops.dyndet.conv.default, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("stats", ["active", "position"])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_rows(stats: str, relu: bool, dtype: torch.dtype) -> None:
+def test_group_norm(stats: str, relu: bool, dtype: torch.dtype) -> None:
     s = setting()
     tensors = (s[name].detach().to(dtype).requires_grad_() for name in ("active", "scale", "shift"))
-    arguments = (
-        *tensors, s["plan"].positions, segment(s["layout"]), s["plan"].offsets, 2, 1e-5,
-        stats, relu, False,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.dyndet.norm_rows.default, arguments, test_utils=CHECKS)
+    arguments = (*tensors, s["plan"].tensors, s["layout"].sizes, 2, 1e-5, stats, relu, "torch")
+    torch.library.opcheck(torch.ops.dyndet.group_norm.default, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("stats", ["active", "position"])
 @pytest.mark.parametrize("residual", [True, False])
-def test_place_rows(stats: str, residual: bool) -> None:
+def test_scatter_add(stats: str, residual: bool) -> None:
     s = setting()
-    arguments = (
-        s["active"], s["scale"], s["shift"], s["gate"], s["rows"] if residual else None, *s["plan"].tensors,
-        segment(s["layout"]), 2, 1e-5, stats, residual, False,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.dyndet.place_rows.default, arguments, test_utils=CHECKS)
-
-
-def test_exchange_rows() -> None:
-    s = setting()
-    others = [torch.randn_like(s["rows"], requires_grad=True) for _ in range(2)]
-    weights = [torch.randn(1, requires_grad=True) for _ in range(2)]
-    arguments = (s["rows"], *others, *weights, s["layout"].sizes)
-    torch.library.opcheck(torch.ops.dyndet.exchange_rows.default, arguments, test_utils=CHECKS)
+    tensors = s["active"], s["scale"], s["shift"], s["gate"], s["rows"] if residual else None
+    arguments = (*tensors, s["plan"].tensors, s["layout"].sizes, 2, 1e-5, stats, residual, "torch")
+    torch.library.opcheck(torch.ops.dyndet.scatter_add.default, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_logit_rows(kernel: int) -> None:
+def test_gate_logits(kernel: int) -> None:
     s = setting()
     weight = torch.randn(2, 4, kernel, kernel, requires_grad=True)
     arguments = (s["rows"], weight, s["layout"].sizes)
-    torch.library.opcheck(torch.ops.dyndet.logit_rows.default, arguments, test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.dyndet.gate_logits.default, arguments, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("used", ["both", "logits", "rows"])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_logits_against_torch(kernel: int, used: str, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logits_module, "ordinary", lambda _: direct)
+def test_logits_against_torch(kernel: int) -> None:
     torch.manual_seed(0)
     maps = [torch.randn(2, 3, *shape, dtype=torch.float64) for shape in SHAPES]
     layout = RowLayout.of(maps)
@@ -119,24 +96,14 @@ def test_logits_against_torch(kernel: int, used: str, direct: bool, monkeypatch:
         weight = torch.linspace(-1, 1, 2 * 3 * kernel**2, dtype=torch.float64).view(2, 3, kernel, kernel)
         weight.requires_grad_()
         if by_rows:
-            out, again = logit_rows(rows, weight, layout)
+            out = gate_logits(rows, weight, layout)
         else:
-            again = rows
             levels = [F.conv2d(level, weight, padding=kernel // 2) for level in layout.maps(rows)]
             out = layout.flat(levels)
-        parts = {"logits": (out.square() * torch.arange(out.shape[1])).sum(), "rows": (again**3).sum()}
-        torch.stack([parts[name] for name in parts if used in (name, "both")]).sum().backward()
-        results.append((out, again, rows.grad, weight.grad if used != "rows" else out))
+        (out.square() * torch.arange(out.shape[1])).sum().backward()
+        results.append((out, rows.grad, weight.grad))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-10)
-
-
-def test_logits_of_frozen_rows_leave_them_frozen() -> None:
-    s = setting()
-    weight = torch.randn(1, 4, 3, 3, requires_grad=True)
-    logits, again = logit_rows(s["rows"].detach(), weight, s["layout"])
-    assert logits.requires_grad
-    assert not again.requires_grad
 
 
 @pytest.mark.parametrize("shapes", [[(8, 6), (4, 3), (2, 2)], [(5, 5)], [(13, 21), (7, 11)]])
@@ -149,7 +116,7 @@ def test_exchange_against_torch(shapes: list[tuple[int, int]]) -> None:
         leaves = [layout.rows(value).requires_grad_() for value in (x, down, up)]
         own, scale = (torch.full((1,), value, dtype=torch.float64, requires_grad=True) for value in (0.7, -0.4))
         if by_rows:
-            out = layout.maps(exchange_rows(*leaves, own, scale, layout))
+            out = layout.maps(exchange(*leaves, own, scale, layout))
         else:
             a, b, c = (layout.maps(value) for value in leaves)
             out = []
@@ -171,10 +138,11 @@ def block(
     rows: Tensor, gate: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, layout: RowLayout, impl: str
 ) -> Tensor:
     inner, outer = make_plans(gate.detach(), layout, reaches=(1, 0), impl=impl)  # type: ignore[arg-type]
-    x = conv_rows(rows, weight, source=whole_plan(layout), target=inner, impl=impl)  # type: ignore[arg-type]
-    x = norm_rows(x, 2, scale, shift, plan=inner, relu=True, impl=impl)  # type: ignore[arg-type]
-    x = conv_rows(x, weight, source=inner, target=outer, impl=impl)  # type: ignore[arg-type]
-    return place_rows(x, 2, scale, shift, gate, residual=rows, plan=outer, relu=True, impl=impl)  # type: ignore[arg-type]
+    x = conv(rows, weight, source=whole_plan(layout), target=inner, impl=impl)  # type: ignore[arg-type]
+    x = group_norm(x, Norm(scale, shift, 2), plan=inner, relu=True, impl=impl)  # type: ignore[arg-type]
+    x = conv(x, weight, source=inner, target=outer, impl=impl)  # type: ignore[arg-type]
+    norm = Norm(scale, shift, 2)
+    return scatter_add(x, norm, gate, residual=rows, plan=outer, relu=True, impl=impl)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("impl", ["gather", "dense", "triton"])
@@ -225,14 +193,12 @@ def test_plans_of_a_compiled_region_serve_eager_steps() -> None:
     layout = RowLayout(SHAPES, 2, torch.device("cpu"))
     gate = torch.rand(layout.positions) * (torch.rand(layout.positions) < 0.3)
     rows = layout.rows([torch.randn(2, 4, *shape) for shape in SHAPES])
-    parts = [ConvNorm(torch.randn(4, 4, 3, 3), None, torch.randn(4), torch.randn(4), 2, 1e-5) for _ in range(2)]
-    thin = [ConvNorm(torch.randn(4, 1, 3, 3), torch.randn(4), torch.randn(4), torch.randn(4), 2, 1e-5)] * 2
-    one = torch.ones(1)
+    deep, thin = DepthPath(4, 2), ScalePath(4, 2)
 
     def both(make: Callable[..., list[Plan]]) -> tuple[Tensor, Tensor]:
         inner, outer = make(gate)
-        s = scale_rows(rows, one, one, *thin, (gate, gate), (outer, outer))
-        return depth_rows(rows, *parts, gate, inner, outer), s
+        sent, _ = thin.gated(rows, gate, outer, stats="active", impl="auto")
+        return deep.gated(rows, gate, inner, outer, stats="active", impl="auto")[0], sent
 
     def make(gate: Tensor) -> list[Plan]:
         return make_plans(gate, layout, reaches=(1, 0))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dyndet.ops.sparse import Plan, RowLayout, make_plans
-from dyndet.ops.sparse.plan import _static_plan
+from dyndet.errors import UserError
+from dyndet.ops.sparse import Plan, RowLayout, make_plans, torch_backend
 from dyndet.ops.sparse.tables import segment
 
 SHAPES = ((6, 5), (3, 3), (1, 2))
@@ -55,7 +55,7 @@ def test_static_plans_have_room_for_everything(density: float) -> None:
     gates = masks(density, 0)
     layout = RowLayout.of(gates)
     active = layout.flat(gates)[0]
-    plan = _static_plan(active, layout, expected=0.25)
+    plan = Plan.of(torch_backend.plan(active, None, layout, (0,), exact=False), layout, expected=0.25)
     check(plan, active)
     assert plan.capacity == layout.positions and not plan.exact and plan.density == 0.25
     assert (plan.positions[int(active.sum()) :] == layout.positions).all()
@@ -71,3 +71,19 @@ def test_plans_by_kernels_are_the_same() -> None:
         strict=True,
     ):
         check(plan, active)
+
+
+def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    layout = RowLayout(SHAPES, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match="impl=triton needs a CUDA device"):
+        make_plans(torch.ones(layout.positions), layout, impl="triton")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_operator_as_torch_sees_it(exact: bool) -> None:
+    gates = masks(0.3, 3)
+    layout = RowLayout.of(gates)
+    arguments = (layout.flat(gates)[0].float(), None, layout.sizes, [1, 0], "torch", exact)
+    checks = ("test_schema", "test_autograd_registration") if exact else ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dyndet.plan.default, arguments, test_utils=checks)

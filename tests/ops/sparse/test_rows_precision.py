@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dyndet import kernels
-from dyndet.ops.sparse import RowLayout, conv_norm_rows, conv_rows, conv_work, make_plans, whole_plan
-from dyndet.ops.sparse.direct import allows_tf32
+from dyndet.ops.sparse import Norm, RowLayout, conv, conv_work, make_plans, whole_plan
+from dyndet.ops.sparse.backend import allows_tf32
 
 launch = kernels.launch
 TARGET = launch.Target(90, 132)
@@ -37,8 +37,8 @@ def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
 def step(x: Tensor, weight: Tensor, expected: float | None = None) -> Tensor:
     """Two convolutions: the gradient of the first goes to a map, that of the second to rows."""
     inner, outer = make_plans(x[:-1, 0].detach(), LAYOUT, reaches=(1, 0), expected=expected, impl="triton")
-    x = conv_rows(x, weight, source=whole_plan(LAYOUT), target=inner, impl="triton")
-    return conv_rows(x, weight, source=inner, target=outer, impl="triton")
+    x = conv(x, weight, source=whole_plan(LAYOUT), target=inner, impl="triton")
+    return conv(x, weight, source=inner, target=outer, impl="triton")
 
 
 def products(run: Callable[[], Any]) -> list[launch.Launch]:
@@ -71,9 +71,9 @@ def test_all_passes_follow_the_setting_of_convolutions(tf32: bool) -> None:
     assert names.count("gather_gemm") == 4  # two forward, two of the input's gradient
     assert names.count("weight_grad_gemm") == 2
     assert {item.options["precision"] for item in found} == {"tf32" if tf32 else "ieee"}
-    conv, weight_grad = tables("tf32" if tf32 else "single")
+    forward, weight_grad = tables("tf32" if tf32 else "single")
     for item in found:
-        assert tile_of(item) == (weight_grad if item.kernel.__name__ == "weight_grad_gemm" else conv)
+        assert tile_of(item) == (weight_grad if item.kernel.__name__ == "weight_grad_gemm" else forward)
 
 
 @pytest.mark.parametrize("tf32", ["tf32", "ieee"], indirect=True)
@@ -84,8 +84,8 @@ def test_the_fused_norm_and_the_count_of_rows_follow_it_too(tf32: bool) -> None:
 
     @torch.no_grad()
     def run() -> None:
-        plans = {"source": whole, "target": plan}
-        conv_norm_rows(x, weight, 32, vector, vector, **plans, stats="position", impl="triton")
+        norm = Norm(vector, vector, 32, stats="position")
+        conv(x, weight, source=whole, target=plan, norm=norm, impl="triton")
 
     (item,) = products(run)
     assert item.options["group"] == 8

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dyndet.models.budget import Budget
 from dyndet.models.preprocess import Preprocess
-from dyndet.ops.sparse.impl import SwitchableHead
+from dyndet.ops.sparse.backend import SwitchableHead
 from dyndet.routing import Routes, Routing
 from dyndet.structures import Detections, HeadOutput, ImageBatch, Losses, Target
 

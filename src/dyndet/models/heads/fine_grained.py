@@ -31,9 +31,8 @@ from dyndet.ops.sparse import (
     autocast_dtype,
     check_impl,
     counted_later,
+    exchange,
     make_plans,
-    scale_rows,
-    scale_work,
     sending,
     whole_plan,
 )
@@ -98,28 +97,24 @@ class FineGrainedNode(nn.Module):
         """(P + 1, C) -> outputs of the same shape, the gates (P,) by path, and the work done, by the node's `name`."""
         # Competing gates (softmax over paths) must all be decided on x; otherwise the depth gate waits for s.
         first = PATHS if self.activation.joint else PATHS[:2]
-        gates, rows = self._decide(first, rows, layout, valid)
-        sparse_scale = self.norm_stats in ("active", "position")
-        s, work_scale = self._scale_step(rows, gates["down"], gates["up"], layout, expected, sparse_scale)
+        gates = self._decide(first, rows, layout, valid)
+        down, work_down = self._sent(self.down, rows, gates["down"], layout, 1, expected.down)
+        up, work_up = self._sent(self.up, rows, gates["up"], layout, -1, expected.up)
+        s = exchange(rows, down, up, self.output_weight, self.scale_weight, layout)
         if "depth" not in gates:
-            last, s = self._decide(("depth",), s, layout, valid)
-            gates |= last
-        sparse_depth = sparse_scale or (self.norm_stats == "published" and not self.training)
-        shares = expected.inner, expected.outer
-        inner, outer = self._plans(gates["depth"], layout, valid, (1, 0), shares, sparse_depth)
+            gates |= self._decide(("depth",), s, layout, valid)
+        inner, outer = self._depth_plans(gates["depth"], layout, valid, (expected.inner, expected.outer))
         outputs, work_depth = self.depth.gated(s, gates["depth"], inner, outer, stats=self._stats, impl=self.impl)
-        work = [replace(item, node=name) for item in (*work_scale, *work_depth)]
+        work = [replace(item, node=name) for item in (work_down, work_up, *work_depth)]
         return outputs, gates, work
 
-    def _decide(
-        self, paths: Sequence[str], rows: Tensor, layout: RowLayout, valid: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Gates (P,) of the paths; an ungated path is fully open. Padding is closed. And the rows to go on with."""
+    def _decide(self, paths: Sequence[str], rows: Tensor, layout: RowLayout, valid: Tensor | None) -> dict[str, Tensor]:
+        """Gates (P,) of the paths; an ungated path is fully open. Padding is closed."""
         decided = [path for path in paths if path in self.gates]
         gates: dict[str, Tensor] = {}
         if decided:
             convs = [cast(GateConv, self.gates[path]) for path in decided]
-            logits, rows = gate_logits(convs, rows, layout, valid)
+            logits = gate_logits(convs, rows, layout, valid)
             if valid is not None:  # a softmax over positions must not spend on padding
                 logits = logits.masked_fill(~valid, _CLOSED)
             opened = self.activation(logits, layout)
@@ -129,29 +124,29 @@ class FineGrainedNode(nn.Module):
         for path in paths:
             gate = gates[path] if path in gates else rows.new_ones(layout.positions, dtype=torch.float32)
             gates[path] = gate if valid is None else gate * valid
-        return gates, rows
+        return gates
 
-    def _plans(
-        self, gate: Tensor, layout: RowLayout, valid: Tensor | None, reaches: Sequence[int],
-        expected: Sequence[float | None], sparse: bool,
-    ) -> list[Plan]:  # fmt: skip
-        if not sparse:
-            return [whole_plan(layout) for _ in reaches]
-        return make_plans(gate.detach(), layout, valid=valid, reaches=reaches, expected=expected, impl=self.impl)
+    def _sent(
+        self, path: ScalePath, rows: Tensor, gate: Tensor, layout: RowLayout, step: int, expected: float | None
+    ) -> tuple[Tensor, Work]:
+        """What every level sends `step` levels on, and the work done. What has no receiver is not computed."""
+        opened = gate.detach()
+        if not self._sparse:  # every position that has a receiver
+            opened, expected = torch.ones_like(opened), 1.0
+        (plan,) = make_plans(opened, layout, valid=sending(layout, step), expected=(expected,), impl=self.impl)
+        return path.gated(rows, gate, plan, stats=self._stats, impl=self.impl)
 
-    def _scale_step(
-        self, rows: Tensor, down: Tensor, up: Tensor, layout: RowLayout, expected: NodeDensity, sparse: bool
-    ) -> tuple[Tensor, list[Work]]:
-        """The sums s, and the work done. What has no receiver is not computed."""
-        paths = self.down.conv_norm, self.up.conv_norm
-        (plan_down,) = self._plans(down, layout, sending(layout, 1), (0,), (expected.down,), sparse)
-        (plan_up,) = self._plans(up, layout, sending(layout, -1), (0,), (expected.up,), sparse)
-        plans = plan_down, plan_up
-        s = scale_rows(
-            rows, self.output_weight, self.scale_weight, *paths, (down, up), plans, stats=self._stats, impl=self.impl
-        )
-        work = scale_work(rows, *paths, plans, impl=self.impl)
-        return s, work
+    def _depth_plans(
+        self, gate: Tensor, layout: RowLayout, valid: Tensor | None, expected: Sequence[float | None]
+    ) -> list[Plan]:
+        """Around the open gates, and at them."""
+        if self._sparse or (self.norm_stats == "published" and not self.training):
+            return make_plans(gate.detach(), layout, valid=valid, reaches=(1, 0), expected=expected, impl=self.impl)
+        return [whole_plan(layout), whole_plan(layout)]
+
+    @property
+    def _sparse(self) -> bool:
+        return self.norm_stats in ("active", "position")
 
     @property
     def _stats(self) -> Stats:

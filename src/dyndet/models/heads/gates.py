@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dyndet.models.heads.init import fill_bias
-from dyndet.ops.sparse import RowLayout, logit_rows
+from dyndet.ops import sparse
+from dyndet.ops.sparse import RowLayout
 
 
 def restricted_tanh(logits: Tensor, tau: float = 1.5) -> Tensor:
@@ -135,16 +136,14 @@ class GateConv(nn.Module):
 
     def forward(self, rows: Tensor, layout: RowLayout, valid: Tensor | None = None) -> Tensor:
         """(P + 1, C) rows of features -> float32 logits (P,)."""
-        return gate_logits([self], rows, layout, valid)[0][0]
+        return gate_logits([self], rows, layout, valid)[0]
 
 
-def gate_logits(
-    gates: Sequence[GateConv], rows: Tensor, layout: RowLayout, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The logits of gates that read the same features: (P + 1, C) -> float32 (gates, P), and the rows to go on with."""
-    logits, rows = logit_rows(rows, torch.cat([gate.conv.weight for gate in gates]), layout)
+def gate_logits(gates: Sequence[GateConv], rows: Tensor, layout: RowLayout, valid: Tensor | None = None) -> Tensor:
+    """The logits of gates that read the same features: (P + 1, C) -> float32 (gates, P)."""
+    logits = sparse.gate_logits(rows, torch.cat([gate.conv.weight for gate in gates]), layout)
     logits = logits + torch.stack([gate.conv.bias for gate in gates if gate.conv.bias is not None])
-    return _level_means(logits, layout, valid) if gates[0].coarse else logits, rows
+    return _level_means(logits, layout, valid) if gates[0].coarse else logits
 
 
 def _level_means(logits: Tensor, layout: RowLayout, valid: Tensor | None) -> Tensor:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyndet.models.heads.init import init_normal
+from dyndet.ops import sparse
 from dyndet.ops.masked_norm import masked_group_norm
-from dyndet.ops.sparse import ConvNorm, Impl, Plan, Stats, conv_work, depth_rows
+from dyndet.ops.sparse import Impl, Norm, Plan, Stats
 from dyndet.routing import LayerCost, Work
 
 
@@ -30,10 +31,23 @@ class ScalePath(nn.Module):
         """One level, dense: (B, C, H, W) -> (B, C, H, W); `mask` limits the norm's statistics."""
         return _norm(self.norm, self.conv(features), mask)
 
-    @property
-    def conv_norm(self) -> ConvNorm:
-        """What `scale_rows` computes, sparse and gated."""
-        return ConvNorm.of(self.conv, self.norm)
+    def gated(self, rows: Tensor, gate: Tensor, plan: Plan, *, stats: Stats, impl: Impl) -> tuple[Tensor, Work]:
+        """All levels, at the positions of a plan: gate * path(rows), zero elsewhere.
+
+        Args:
+            rows: (P + 1, C) rows of the pyramid.
+            gate: (P,) what the path is multiplied by.
+            plan: where the path is computed.
+            stats: see `Norm`.
+            impl: execution.
+
+        Returns:
+            (P + 1, C) and the work done.
+        """
+        whole, weight = sparse.whole_plan(plan.layout), self.conv.weight
+        hidden = sparse.conv(rows, weight, self.conv.bias, source=whole, target=plan, impl=impl)
+        outputs = sparse.scatter_add(hidden, Norm.of(self.norm, stats), gate, plan=plan, impl=impl)
+        return outputs, sparse.conv_work(rows, weight, target=plan, impl=impl)
 
     def costs(self, *, published: bool) -> tuple[LayerCost, ...]:
         """Multiply-adds per position; the published table counts the convolution twice (spec: 4 864 for C = 256)."""
@@ -67,16 +81,19 @@ class DepthPath(nn.Module):
             gate: (P,) what the path is multiplied by.
             inner: where convolution 1 runs, the 3x3 neighbourhood of `outer`.
             outer: where convolution 2 runs.
-            stats: see `norm_rows`.
+            stats: see `Norm`.
             impl: execution.
 
         Returns:
             (P + 1, C) and the work done.
         """
-        first, second = ConvNorm.of(self.conv1, self.norm1), ConvNorm.of(self.conv2, self.norm2)
-        outputs = depth_rows(rows, first, second, gate, inner, outer, stats=stats, impl=impl)
+        norms = Norm.of(self.norm1, stats), Norm.of(self.norm2, stats)
+        first, second, whole = self.conv1.weight, self.conv2.weight, sparse.whole_plan(inner.layout)
+        hidden = sparse.conv(rows, first, source=whole, target=inner, norm=norms[0], relu=True, impl=impl)
+        hidden = sparse.conv(hidden, second, source=inner, target=outer, impl=impl)
+        outputs = sparse.scatter_add(hidden, norms[1], gate, residual=rows, plan=outer, relu=True, impl=impl)
         work = [
-            conv_work(rows, part.weight, target=plan, impl=impl) for part, plan in ((first, inner), (second, outer))
+            sparse.conv_work(rows, weight, target=plan, impl=impl) for weight, plan in ((first, inner), (second, outer))
         ]
         return outputs, work
 

@@ -1,29 +1,37 @@
-"""Sparse 3x3 convolution blocks on the rows of a pyramid: plan -> convolve -> normalise -> place."""
+"""Sparse 3x3 convolution blocks on the rows of a pyramid: plan -> conv -> group_norm -> scatter_add.
+
+    row         C channels of one position; a rows tensor ends with a row of zeros, "nothing there"
+    position    y, x of one image at one level, numbered level by level, image by image (`RowLayout`); P of them
+    segment     the positions of one image at one level; S of them
+    plan        which positions are rows, in order (`Plan`)
+    capacity    rows that a plan has room for: as many as are active, or P where only the device knows the number
+    whole       a plan of all positions: rows are the map itself
+    tap         one of the nine places that a 3x3 convolution reads
+    reach       how far from an open gate a plan extends: 0 for its position alone, 1 for its 3x3 neighbourhood
+    source,     the plan of what a convolution reads, and of what it computes
+    target
+
+Every operation is one registered operator (`torch.library`), so that export, compilation and counters see one node; it
+runs in plain torch (`torch_backend`) or by the Triton kernels (`triton_backend`), see `Impl`.
+"""
 
 from dyndet.layout import RowLayout
-from dyndet.ops.sparse.conv import conv_rows, conv_work
-from dyndet.ops.sparse.conv_norm import conv_norm_rows
+from dyndet.ops.sparse.backend import IMPLS, Impl, Stats, SwitchableHead, autocast_dtype, check_impl, choose
+from dyndet.ops.sparse.conv import conv, conv_work
 from dyndet.ops.sparse.density import DensityEstimate, NodeDensity, counted_later
-from dyndet.ops.sparse.depth_step import depth_rows
-from dyndet.ops.sparse.direct import autocast_dtype
-from dyndet.ops.sparse.exchange import exchange_rows
-from dyndet.ops.sparse.execute.norm import Stats
-from dyndet.ops.sparse.impl import IMPLS, Impl, SwitchableHead, check_impl, choose
-from dyndet.ops.sparse.logits import logit_rows
-from dyndet.ops.sparse.norm import norm_rows
-from dyndet.ops.sparse.parameters import ConvNorm
-from dyndet.ops.sparse.place import place_rows
+from dyndet.ops.sparse.exchange import exchange
+from dyndet.ops.sparse.gate_logits import gate_logits
+from dyndet.ops.sparse.group_norm import Norm, group_norm
 from dyndet.ops.sparse.plan import Plan, make_plans, whole_plan
-from dyndet.ops.sparse.scale_step import scale_rows, scale_work
-from dyndet.ops.sparse.scatter import scatter_rows
+from dyndet.ops.sparse.scatter_add import scatter_add
 from dyndet.ops.sparse.tables import sending
 
 __all__ = [
     "IMPLS",
-    "ConvNorm",
     "DensityEstimate",
     "Impl",
     "NodeDensity",
+    "Norm",
     "Plan",
     "RowLayout",
     "Stats",
@@ -31,19 +39,14 @@ __all__ = [
     "autocast_dtype",
     "check_impl",
     "choose",
-    "conv_norm_rows",
-    "conv_rows",
+    "conv",
     "conv_work",
     "counted_later",
-    "depth_rows",
-    "exchange_rows",
-    "logit_rows",
+    "exchange",
+    "gate_logits",
+    "group_norm",
     "make_plans",
-    "norm_rows",
-    "place_rows",
-    "scale_rows",
-    "scale_work",
-    "scatter_rows",
+    "scatter_add",
     "sending",
     "whole_plan",
 ]

@@ -7,7 +7,6 @@ The source is the whole map (first convolution of a block, which reads everythin
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +14,25 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dyndet.layout import RowLayout
-from dyndet.ops.sparse.direct import allows_tf32, autocast_dtype, direct
-from dyndet.ops.sparse.execute import dense, gather, triton
-from dyndet.ops.sparse.impl import Impl, choose
+from dyndet.ops.sparse.backend import Impl, allows_tf32, autocast_dtype, backend, choose
+from dyndet.ops.sparse.group_norm import Norm, group_norm
+from dyndet.ops.sparse.operator import operator
 from dyndet.ops.sparse.plan import Plan
-from dyndet.ops.sparse.tables import neighbours, segment
 from dyndet.routing import Work
 
+Tensors = list[Tensor]
 
-def conv_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, source: Plan, target: Plan, impl: Impl = "auto"
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    source: Plan,
+    target: Plan,
+    norm: Norm | None = None,
+    relu: bool = False,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Same-size, stride-1 3x3 convolution of rows; depthwise where the weight has one input channel.
 
@@ -34,6 +42,9 @@ def conv_rows(
         bias: (O,) or None.
         source: the plan of `x`.
         target: the rows to compute.
+        norm: what follows, see `group_norm`; kernels take statistics of positions from their own tiles, in one launch,
+            where no backward pass will follow.
+        relu: clips what was normalised at 0.
         impl: execution; "auto" takes the fastest for the target's density.
 
     Returns:
@@ -50,168 +61,93 @@ def conv_rows(
         raise ValueError(f"x has {len(x)} rows, its plan {source.capacity} and one for zero")
     dtype = autocast_dtype(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    layout = target.layout
-    how = how_to_convolve(impl, target, x, weight)
+    how = _execution(impl, target, x, weight)
     for plan in (source, target):
-        plan.check(how == "triton")
-    return _conv_rows(
-        x, weight, bias, *source.tensors, *target.tensors, neighbours(layout), layout.sizes, source.whole,
-        target.whole, how, -1.0 if target.density is None else target.density, allows_tf32(dtype),
-    )  # fmt: skip
+        plan.check(how)
+    plans = source.tensors, target.tensors, target.layout.sizes
+    static = target.density, how == "triton" and allows_tf32(dtype)
+    fused = norm is not None and norm.stats == "position" and bias is None and not depthwise
+    if norm is not None and fused and how == "triton" and not torch.is_grad_enabled():
+        return _conv_norm(x, weight, norm.scale, norm.shift, *plans, norm.groups, norm.eps, relu, *static)
+    rows = _conv(x, weight, bias, *plans, how, *static)
+    return rows if norm is None else group_norm(rows, norm, plan=target, relu=relu, impl=impl)
 
 
 def conv_work(x: Tensor, weight: Tensor, *, target: Plan, impl: Impl = "auto") -> Work:
-    """What `conv_rows` with these arguments computes."""
-    how = how_to_convolve(impl, target, x, weight)
-    positions = target.layout.positions
+    """What `conv` with these arguments computes."""
+    how = _execution(impl, target, x, weight)
     rows = target.capacity if target.exact else target.count
-    tile = 1
-    if how == "triton":
-        tile = triton.kernels().tile_rows(x, weight, positions, target.density, tf32=allows_tf32(x.dtype))
-    return Work(float(weight.numel()), rows, tile, positions if how == "dense" else None)
+    tile = backend(how).tile_rows(x, weight, target, tf32=allows_tf32(x.dtype)) if how == "triton" else 1
+    return Work(float(weight.numel()), rows, tile, target.reached_levels() if how == "dense" else None)
 
 
-def how_to_convolve(impl: Impl, target: Plan, x: Tensor, weight: Tensor) -> Impl:
-    """The execution that `conv_rows` takes: "dense", "gather" or "triton"."""
+def _execution(impl: Impl, target: Plan, x: Tensor, weight: Tensor) -> Impl:
     how = choose(impl, target.density, x.shape[1], x.dtype, x.device)
     # Nine multiply-adds per value of a depthwise convolution do not pay for gathering nine values.
     return "dense" if how == "gather" and weight.shape[1] < x.shape[1] else how
 
 
-def _defined(positions: Tensor, offsets: Tensor, nowhere: int) -> Tensor:
-    """Positions whose undefined end, if there is one, points nowhere."""
-    if len(positions) < nowhere:
-        return positions
-    index = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
-    return torch.where(index < offsets[-1], positions, nowhere)
-
-
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, source_positions: Tensor, source_inverse: Tensor,
-    source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
-) -> Tensor:  # fmt: skip
-    if how == "triton":
-        arguments = x, weight, bias, positions, None if source_whole else source_inverse, neighbours, offsets
-        if weight.shape[1] < x.shape[1]:
-            return triton.kernels().depthwise(*arguments)
-        return triton.kernels().conv(*arguments, tf32=tf32, density=None if density < 0 else density)
-    if how == "gather":
-        rows = None if source_whole else source_inverse
-        index = gather.taps(positions, rows, neighbours, int(offsets[-1]))
-        return gather.conv(x, weight, bias, index, len(positions))
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source: list[Tensor],
+    target: list[Tensor],
+    sizes: list[int],
+    impl: str,
+    density: float | None,
+    tf32: bool,
+) -> Tensor:
     layout = RowLayout.from_sizes(sizes, x.device)
-    source = None if source_whole else _defined(source_positions, source_offsets, layout.positions)
-    target = None if target_whole else _defined(positions, offsets, layout.positions)
-    return dense.conv(x, weight, bias, layout, source, target)
+    plans = Plan.of(source, layout), Plan.of(target, layout, density)
+    return backend(impl).conv(x, weight, bias, *plans, impl, tf32)
 
 
-_registered = torch.library.custom_op("dyndet::conv_rows", _forward, mutates_args=())
+def _fake(x: Tensor, weight: Tensor, _: Any, source: Tensors, target: Tensors, sizes: list[int], *__: Any) -> Tensor:
+    rows = len(target[0]) if target else RowLayout.from_sizes(sizes, x.device).positions
+    return x.new_empty(rows + 1, len(weight))
 
 
-@_registered.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, source_positions: Tensor, source_inverse: Tensor,
-    source_offsets: Tensor, positions: Tensor, *_: Any,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(len(positions) + 1, len(weight))
-
-
-def _gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, source_positions: Tensor, source_inverse: Tensor,
-    source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight and bias; empty where not needed."""
+def _backward(
+    grad: Tensor, needs: list[bool], _: Tensors, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    source, target, sizes, impl, density, tf32 = rest
     layout = RowLayout.from_sizes(sizes, x.device)
-    needs_x, needs_weight, needs_bias = needs
-    grad_x: Tensor | None = None
-    grad_weight: Tensor | None = None
-    grad_bias: Tensor | None = None
-    if how == "triton":
-        kernels = triton.kernels()
-        run, run_weight = kernels.depthwise, kernels.depthwise_weight_grad
-        if weight.shape[1] == x.shape[1]:
-            run, run_weight = partial(kernels.conv, tf32=tf32), partial(kernels.conv_weight_grad, tf32=tf32)
-        grad = grad.contiguous()
-        if needs_x and source_whole:  # only positions near an active one receive anything
-            near = kernels.plan(inverse[:-1] < len(positions), None, neighbours, segment(layout), layout.segments, [1])
-            grad_x = run(grad, weight, None, near[0][0], inverse, neighbours, near[0][2], transposed=True, place=True)
-        elif needs_x:
-            grad_x = run(grad, weight, None, source_positions, inverse, neighbours, source_offsets, transposed=True)
-        if needs_weight or needs_bias:
-            of_weight, of_bias = run_weight(
-                x, grad, positions, None if source_whole else source_inverse, neighbours, offsets
-            )
-            grad_weight, grad_bias = of_weight, of_bias.clone()  # an operator must not return parts of one buffer
-    else:
-        if how == "gather":
-            rows = None if source_whole else source_inverse
-            index = gather.taps(positions, rows, neighbours, int(offsets[-1]))
-            grad_x, grad_weight = gather.conv_backward(grad, x, weight, index, (needs_x, needs_weight))
-        else:
-            grad_x, grad_weight = dense.conv_backward(
-                grad, x, weight, layout,
-                None if source_whole else _defined(source_positions, source_offsets, layout.positions),
-                None if target_whole else _defined(positions, offsets, layout.positions),
-                (needs_x, needs_weight),
-            )  # fmt: skip
-        if needs_bias:
-            grad_bias = _rows_defined(grad, positions, offsets, target_whole).sum(0)
-    return (
-        x.new_empty(0) if grad_x is None else grad_x,
-        x.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype),
-        x.new_empty(0) if grad_bias is None else grad_bias.to(weight.dtype),
-    )
+    plans = Plan.of(source, layout), Plan.of(target, layout, density)
+    return backend(impl).conv_backward(grad, x, weight, *plans, needs, impl, tf32)
 
 
-def _rows_defined(rows: Tensor, positions: Tensor, offsets: Tensor, whole: bool) -> Tensor:
-    if rows.device.type == "cpu":
-        return rows[: int(offsets[-1])]
-    if whole:
-        return rows[:-1]
-    defined = torch.arange(len(positions), device=rows.device) < offsets[-1]
-    return torch.where(defined[:, None], rows[:-1], 0)
+_conv = operator("conv", _forward, _fake, _backward, inputs=3)
 
 
-_registered_gradient = torch.library.custom_op("dyndet::conv_rows_backward", _gradient, mutates_args=())
+@torch.library.custom_op("dyndet::conv_norm", mutates_args=())
+def _conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    source: list[Tensor],
+    target: list[Tensor],
+    sizes: list[int],
+    groups: int,
+    eps: float,
+    relu: bool,
+    density: float | None,
+    tf32: bool,
+) -> Tensor:
+    """By kernels, without gradient: convolution, norm of every position by itself, and ReLU."""
+    layout = RowLayout.from_sizes(sizes, x.device)
+    plans = Plan.of(source, layout), Plan.of(target, layout, density)
+    norm = Norm(scale, shift, groups, eps, "position")
+    return backend("triton").conv(x, weight, None, *plans, "triton", tf32, norm, relu)
 
 
-@_registered_gradient.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, source_positions: Tensor, source_inverse: Tensor,
-    source_offsets: Tensor, positions: Tensor, inverse: Tensor, offsets: Tensor, neighbours: Tensor,
-    sizes: list[int], source_whole: bool, target_whole: bool, how: str, density: float, tf32: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    shapes = (tuple(x.shape), tuple(weight.shape), (len(weight),))
-    x_like, weight_like, bias_like = (
-        like.new_empty(shape if needed else 0)
-        for like, shape, needed in zip((x, weight, weight), shapes, needs, strict=True)
-    )
-    return x_like, weight_like, bias_like
+@_conv_norm.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *rest: Any) -> Tensor:
+    return _fake(x, weight, None, *rest)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *tables = inputs[:10]
-    ctx.save_for_backward(x, weight, *tables)
-    ctx.rest = inputs[10:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradient = _gradient if getattr(ctx, "direct", False) else _registered_gradient
-    needs = list(ctx.needs_input_grad[:3])
-    saved: list[Any] = [*ctx.saved_tensors, *ctx.rest, needs]
-    grads = gradient(grad, *saved)
-    return *(value if needed else None for value, needed in zip(grads, needs, strict=True)), *[None] * 13
-
-
-_registered.register_autograd(_backward, setup_context=_setup)
-_conv_rows = direct(_registered, _forward, _setup, _backward)
-
-
-@register_flop_formula(torch.ops.dyndet.conv_rows)
+@register_flop_formula(torch.ops.dyndet.conv)
 def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two per multiply-add, of every row that there is room for."""
     out_channels, channels, height, width = weight

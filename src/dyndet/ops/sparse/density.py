@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dyndet.ops.sparse.direct import ordinary
-from dyndet.ops.sparse.execute import triton
-from dyndet.ops.sparse.impl import Impl
+from dyndet.ops.sparse.backend import Impl, resolve
 from dyndet.ops.sparse.plan import reached
 from dyndet.routing import Work
 
@@ -111,7 +109,8 @@ def send(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:
 
 def counted_later(x: Tensor, impl: Impl) -> bool:
     """Whether rows of `x` are counted on a GPU, in a step that is run and not compiled: the host may learn of it."""
-    return ordinary(x) and x.is_cuda and triton.chosen(impl, x.device)
+    plain = type(x) in (Tensor, nn.Parameter) and x.is_cuda and not torch.compiler.is_compiling()
+    return plain and resolve(impl, x.device) == "triton"
 
 
 def capturing() -> bool:

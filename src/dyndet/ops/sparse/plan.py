@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 
 from dyndet.layout import RowLayout
-from dyndet.ops.sparse.direct import ordinary
-from dyndet.ops.sparse.execute import triton
-from dyndet.ops.sparse.impl import Impl
-from dyndet.ops.sparse.kept import kept
-from dyndet.ops.sparse.tables import neighbours, segment, starts
+from dyndet.ops.sparse.backend import Impl, backend, resolve
+from dyndet.ops.sparse.tables import cached, starts
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,22 @@ class Plan:
     whole: bool = False
     expected: float | None = None
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], layout: RowLayout, expected: float | None = None) -> Plan:
+        """The plan of a layout that has these `tensors`."""
+        if not tensors:
+            return whole_plan(layout)
+        positions, inverse, offsets = tensors
+        return cls(layout, positions, inverse, offsets, expected=expected)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Positions, inverse and offsets, as operators take them; none stand for the whole map."""
+        return [] if self.whole else [self.positions, self.inverse, self.offsets]
+
     @property
     def capacity(self) -> int:
-        return len(self.positions)
+        return self.positions.shape[0]
 
     @property
     def exact(self) -> bool:
@@ -59,21 +69,30 @@ class Plan:
         return self.capacity / max(1, self.layout.positions) if self.exact else self.expected
 
     @property
+    def rows(self) -> int:
+        """The number of rows, for the host: read from the device where the plan is not exact."""
+        return self.capacity if self.exact else int(self.count)
+
+    @property
     def count(self) -> Tensor:
         """Int32 (1,): the number of rows, on the device."""
         return self.offsets[-1:]
 
-    def check(self, kernels: bool) -> None:
+    def reached_levels(self) -> int:
+        """Positions of all levels that have rows, as far as the host knows; P otherwise."""
+        if self.whole or not self.exact or not self.offsets.is_cpu:
+            return self.layout.positions
+        bounds = self.offsets[:: self.layout.batch].tolist()
+        levels = zip(self.layout.levels, bounds, bounds[1:], strict=False)
+        return sum(stop - start for (start, stop), first, last in levels if last > first)
+
+    def check(self, impl: str) -> None:
         """Raises ValueError where Triton kernels were to run rows of a plan without room for every position."""
-        if kernels and self.capacity < self.layout.positions:
+        if impl == "triton" and self.capacity < self.layout.positions:
             raise ValueError("this plan was made for another execution: make it and use it with the same impl")
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.positions, self.inverse, self.offsets]
 
-
-@kept
+@cached
 def whole_plan(layout: RowLayout) -> Plan:
     """Every position of the layout: rows are the map."""
     index = torch.arange(layout.positions + 1, dtype=torch.int32, device=layout.device)
@@ -81,9 +100,14 @@ def whole_plan(layout: RowLayout) -> Plan:
 
 
 def make_plans(
-    gate: Tensor, layout: RowLayout, *, valid: Tensor | None = None, reaches: Sequence[int] = (0,),
-    expected: float | Sequence[float | None] | None = None, impl: Impl = "auto",
-) -> list[Plan]:  # fmt: skip
+    gate: Tensor,
+    layout: RowLayout,
+    *,
+    valid: Tensor | None = None,
+    reaches: Sequence[int] = (0,),
+    expected: float | Sequence[float | None] | None = None,
+    impl: Impl = "auto",
+) -> list[Plan]:
     """Plans of the positions with an open gate within `reach`.
 
     Args:
@@ -96,26 +120,21 @@ def make_plans(
         impl: "triton" (or "auto" on CUDA) counts on the device without waiting.
 
     Returns:
-        One plan per reach.
+        One plan per reach. Tensors without values (meta) give whole ones.
+
+    Raises:
+        UserError: where the kernels were asked for and cannot run.
     """
     if not isinstance(expected, Sequence):
         expected = [reached(expected, reach) for reach in reaches]
-    if triton.chosen(impl, gate.device):
-        arguments = gate, valid, neighbours(layout), segment(layout), layout.segments, list(reaches)
-        if ordinary(gate):
-            found = triton.kernels().plan(*arguments)
-        else:
-            flat = _plan_rows(*arguments)
-            found = [flat[first : first + 3] for first in range(0, len(flat), 3)]
-        return [Plan(layout, *tensors, expected=share) for tensors, share in zip(found, expected, strict=True)]
-    if gate.is_meta:
-        return [whole_plan(layout) for _ in reaches]
-    if torch.compiler.is_compiling():
-        masks = _active(gate, layout, valid, reaches)
-        return [_static_plan(active, layout, share) for active, share in zip(masks, expected, strict=True)]
-    if valid is None and bool((gate > 0).all()):
-        return [whole_plan(layout) for _ in reaches]
-    return [_exact_plan(active, layout) for active in _active(gate, layout, valid, reaches)]
+    how = resolve(impl, gate.device)
+    exact = how == "torch" and not torch.compiler.is_compiling()
+    tensors = _plan(gate, valid, layout.sizes, list(reaches), how, exact)
+    plans = []
+    for index, share in enumerate(expected):
+        trio = tensors[3 * index : 3 * index + 3]
+        plans.append(Plan.of([] if exact and not len(trio[1]) else trio, layout, share))
+    return plans
 
 
 def reached(density: float | None, reach: int) -> float | None:
@@ -123,56 +142,16 @@ def reached(density: float | None, reach: int) -> float | None:
     return density if density is None or not reach else 1 - (1 - density) ** (1 + 1.3 * reach)
 
 
-@torch.library.custom_op("dyndet::plan_rows", mutates_args=())
-def _plan_rows(
-    gate: Tensor, valid: Tensor | None, neighbours: Tensor, segment: Tensor, segments: int, reaches: list[int]
+@torch.library.custom_op("dyndet::plan", mutates_args=())
+def _plan(
+    gate: Tensor, valid: Tensor | None, sizes: list[int], reaches: list[int], impl: str, exact: bool
 ) -> list[Tensor]:
-    """By kernels: positions, inverse and offsets of every reach; copies, as results of an operator must not overlap."""
-    plans = triton.kernels().plan(gate, valid, neighbours, segment, segments, reaches)
-    return [tensor.clone() for plan in plans for tensor in plan]
+    """Positions, inverse and offsets of every reach; where the host is to know the count, empty ones of whole plans."""
+    return backend(impl).plan(gate, valid, RowLayout.from_sizes(sizes, gate.device), reaches, exact)
 
 
-@_plan_rows.register_fake
-def _(
-    gate: Tensor, valid: Tensor | None, neighbours: Tensor, segment: Tensor, segments: int, reaches: list[int]
-) -> list[Tensor]:
-    sizes = (len(gate), len(gate) + 1, segments + 1)
-    return [neighbours.new_empty(size) for _ in reaches for size in sizes]
-
-
-def _active(gate: Tensor, layout: RowLayout, valid: Tensor | None, reaches: Sequence[int]) -> list[Tensor]:
-    """Per reach (P,) bool."""
-    opened = gate > 0
-    masks = []
-    for reach in reaches:
-        mask = opened
-        if reach and torch.compiler.is_compiling():
-            mask = torch.cat([opened, opened.new_zeros(1)])[neighbours(layout).long()].any(1)
-        elif reach:  # as many indices as are needed
-            near = neighbours(layout).index_select(0, opened.nonzero().view(-1)).view(-1)
-            mask = opened.new_zeros(len(opened) + 1).index_fill_(0, near.long(), True)[:-1]
-        masks.append(mask if valid is None else mask & valid)
-    return masks
-
-
-def _exact_plan(active: Tensor, layout: RowLayout) -> Plan:
-    positions = active.nonzero().view(-1).int()
-    count = len(positions)
-    if count == layout.positions:
-        return whole_plan(layout)
-    inverse = positions.new_full((layout.positions + 1,), count)
-    inverse[positions.long()] = torch.arange(count, dtype=torch.int32, device=layout.device)
-    offsets = torch.searchsorted(positions, starts(layout), out_int32=True)
-    return Plan(layout, positions, inverse, offsets)
-
-
-def _static_plan(active: Tensor, layout: RowLayout, expected: float | None) -> Plan:
-    """Of capacity P, with shapes that do not depend on values; spare rows compute nothing: they stand for P."""
-    size = layout.positions
-    before = active.int().cumsum(0, dtype=torch.int32) - active.int()
-    inverse = torch.cat([torch.where(active, before, size), before.new_full((1,), size)])
-    positions = before.new_full((size + 1,), size)
-    index = torch.arange(size, dtype=torch.int32, device=layout.device)
-    positions = positions.index_copy(0, inverse[:-1].long(), index)  # inactive ones all land in the spare last place
-    ends = torch.cat([before, before[-1:] + active[-1:].int()])
-    return Plan(layout, positions[:-1], inverse, ends[starts(layout).long()], expected=expected)
+@_plan.register_fake
+def _(gate: Tensor, valid: Tensor | None, sizes: list[int], reaches: list[int], impl: str, exact: bool) -> list[Tensor]:
+    layout = RowLayout.from_sizes(sizes, gate.device)
+    lengths = (0, 0, 0) if exact else (layout.positions, layout.positions + 1, layout.segments + 1)
+    return [gate.new_empty(length, dtype=torch.int32) for _ in reaches for length in lengths]

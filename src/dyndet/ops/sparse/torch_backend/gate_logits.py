@@ -18,7 +18,7 @@ from dyndet.layout import RowLayout
 from dyndet.ops.sparse.tables import neighbours_by_tap
 
 
-def logits(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
+def gate_logits(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
     """(P + 1, C) rows, the last one zero, and (O, C, k, k) -> (O, P), at least float32."""
     outputs, taps = len(weight), weight.shape[2] * weight.shape[3]
     products = (_matrix(weight) @ x.t()).to(torch.promote_types(x.dtype, torch.float32))
@@ -28,32 +28,21 @@ def logits(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
     return products.view(outputs, -1).index_select(1, index).view(outputs, taps, -1).sum(1)
 
 
-def logits_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, layout: RowLayout, further: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight; to that of x `further`, (P + 1, C), is added."""
-    outputs, taps = len(weight), weight.shape[2] * weight.shape[3]
+def gate_logits_backward(grad: Tensor, x: Tensor, weight: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    outputs, channels, *kernel = weight.shape
     of_products = grad
-    if taps > 1:  # what a position gets for a tap lies at its neighbour on the other side
+    if kernel != [1, 1]:  # what a position gets for a tap lies at its neighbour on the other side
         index = neighbours_by_tap(layout)[1]
-        of_products = F.pad(grad, (0, 1)).index_select(1, index).view(outputs * taps, -1)
+        of_products = F.pad(grad, (0, 1)).index_select(1, index).view(-1, layout.positions)
     of_products = of_products.to(x.dtype)
     grad_x = torch.empty_like(x)
-    if further is None:
-        grad_x[-1] = 0
-        torch.mm(of_products.t(), _matrix(weight), out=grad_x[:-1])
-    else:
-        grad_x[-1] = further[-1]
-        torch.addmm(further[:-1], of_products.t(), _matrix(weight), out=grad_x[:-1])
-    return grad_x, _taps(of_products @ x[:-1], weight).contiguous()
+    grad_x[-1] = 0
+    torch.mm(of_products.t(), _matrix(weight), out=grad_x[:-1])
+    of_weight = (of_products @ x[:-1]).view(outputs, *kernel, channels).permute(0, 3, 1, 2)
+    return grad_x, of_weight.to(weight.dtype).contiguous()
 
 
 def _matrix(weight: Tensor) -> Tensor:
     """(O, C, k, k) -> (O k k, C)."""
     return weight.permute(0, 2, 3, 1).reshape(-1, weight.shape[1])
-
-
-def _taps(matrix: Tensor, like: Tensor) -> Tensor:
-    """(O k k, C) -> (O, C, k, k), in the type of `like`."""
-    outputs, channels, *kernel = like.shape
-    return matrix.view(outputs, *kernel, channels).permute(0, 3, 1, 2).to(like.dtype)

@@ -44,8 +44,7 @@ def test_both_ways(channels: int, groups: int, relu: bool, stats: kernels.Stats,
     expected = expected.relu() if relu else expected
 
     rows = poisoned(x, SMALL.total)
-    arguments = (plan.positions, SMALL.segment, plan.offsets)
-    y, mean, rstd = kernels.norm(rows, weight, bias, *arguments, groups=groups, eps=EPS, stats=stats, relu=relu)
+    y, mean, rstd = kernels.group_norm(rows, weight, bias, plan.offsets, groups=groups, eps=EPS, stats=stats, relu=relu)
     assert_close(y[:count], expected.detach(), TOLERANCE[dtype])
     assert mean.shape == rstd.shape == (SMALL.total if stats == "position" else SMALL.segments, groups)
 
@@ -53,9 +52,9 @@ def test_both_ways(channels: int, groups: int, relu: bool, stats: kernels.Stats,
     slope = grad.double() * (y[:count] > 0) if relu else grad.double()
     linear = expected_norm(plan, leaves[0], leaves[1], leaves[2], groups, stats)
     gradients = torch.autograd.grad(linear, leaves, slope)
-    y = poisoned(y[:count], SMALL.total)
-    actual = kernels.norm_backward(
-        poisoned(grad, SMALL.total), rows, y, weight, mean, rstd, *arguments, groups=groups, stats=stats, relu=relu
+    clipped = poisoned(y[:count], SMALL.total) if relu else None
+    actual = kernels.group_norm_backward(
+        poisoned(grad, SMALL.total), rows, clipped, weight, mean, rstd, plan.offsets, stats=stats
     )
     assert_close(actual[0][:count], gradients[0], max(TOLERANCE[dtype], 1e-5))
     assert_close(actual[1], gradients[1], 1e-5)
@@ -69,9 +68,8 @@ def test_large_mean(stats: kernels.Stats) -> None:
     plan = pyramid.plan(torch.ones(pyramid.total), reach=0)
     x = random(pyramid.total, 16) + 100
     weight, bias = affine(16)
-    arguments = (plan.positions, pyramid.segment, plan.offsets)
-    y, _, rstd = kernels.norm(
-        poisoned(x, pyramid.total), weight, bias, *arguments, groups=2, eps=EPS, stats=stats, relu=False
+    y, _, rstd = kernels.group_norm(
+        poisoned(x, pyramid.total), weight, bias, plan.offsets, groups=2, eps=EPS, stats=stats, relu=False
     )
     expected = expected_norm(plan, x.double(), weight.double(), bias.double(), 2, stats)
     assert_close(y[: pyramid.total], expected, 2e-5)
@@ -94,25 +92,22 @@ def test_masks(kind: str) -> None:
     count = int(plan.offsets[-1])
     x = random(count, 16)
     weight, bias = affine(16)
-    arguments = (plan.positions, SMALL.segment, plan.offsets)
-    y, mean, rstd = kernels.norm(
-        poisoned(x, SMALL.total), weight, bias, *arguments, groups=2, eps=EPS, stats="active", relu=False
+    y, mean, rstd = kernels.group_norm(
+        poisoned(x, SMALL.total), weight, bias, plan.offsets, groups=2, eps=EPS, stats="active", relu=False
     )
     expected = expected_norm(plan, x.double(), weight.double(), bias.double(), 2, "active")
     assert_close(y[:count], expected, 1e-5)
     assert mean.isfinite().all() and rstd.isfinite().all()
     assert not mean[plan.offsets.diff() == 0].any()
-    gradients = kernels.norm_backward(
+    gradients = kernels.group_norm_backward(
         poisoned(x, SMALL.total),
         poisoned(x, SMALL.total),
         None,
         weight,
         mean,
         rstd,
-        *arguments,
-        groups=2,
+        plan.offsets,
         stats="active",
-        relu=False,
     )
     assert gradients[0][:count].isfinite().all()
     assert_close(gradients[2], x.double().sum(0), 1e-5)

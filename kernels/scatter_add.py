@@ -4,8 +4,8 @@
 
 Every position is written exactly once, so nothing is cleared and nothing is scattered: a program owns a run of
 positions and gathers the rows that exist. With statistics over segments a launch before it gathers partial moments
-(see norm.py). Positions are sorted by segment: the run of a program is cut into its segments, the partials of each
-are merged once, and the program that holds a segment's first position stores its statistics for the backward pass.
+(see group_norm.py). Positions are sorted by segment: the run of a program is cut into its segments, the partials of
+each are merged once, and the program that holds a segment's first position stores its statistics for the backward pass.
 """
 
 # Device code: to the type checker constants are no numbers and constant branches are branches.
@@ -19,21 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .group_norm import ELEMENTS, Stats, channels_of, merge, moments, statistics, tile_shape
+from .group_norm_backward import backward
 from .launch import check_rows, run, target
-from .norm import ELEMENTS, Stats, channels_of, merge, moments, statistics, tile_shape
-from .norm_backward import backward
 
 # Positions of a program: enough to make up for merging the statistics.
 RUN = 128
 
 
-def place(
+def scatter_add(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
     gate: Tensor,
     residual: Tensor | None,
-    positions: Tensor,
     inverse: Tensor,
     segment: Tensor,
     offsets: Tensor,
@@ -42,26 +41,25 @@ def place(
     eps: float,
     stats: Stats,
     relu: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gated, normalised rows at their positions, on top of a residual. One launch, two with "active" statistics.
 
     Args:
         x: (P+1, C) float32, float16 or bfloat16.
-        weight: (C,) scale; None when x is normalised already (`groups`, `eps`, `stats` are then not used).
-        bias: (C,) shift, None with weight.
+        weight: (C,) scale.
+        bias: (C,) shift.
         gate: (P,) float32, read at active positions.
         residual: (P+1, C) of the dtype of x, dense; None for zero.
-        positions: (P,) int32 of the plan of x; not needed here, `inverse` tells the same.
         inverse: (P+1,) int32 of the plan of x.
         segment: (P,) int32.
         offsets: (S+1,) int32 of the plan of x.
         groups: divides C.
         eps: added to the (biased) variance.
-        stats: as in `norm`.
+        stats: as in `group_norm`.
         relu: act is a ReLU, otherwise the identity.
 
     Returns:
-        (P+1, C) of the dtype of x, dense, the last row zero; mean and rstd as of `norm`, None without weight.
+        (P+1, C) of the dtype of x, dense, the last row zero; mean and rstd as of `group_norm`.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit.
@@ -69,14 +67,12 @@ def place(
     x = check_rows(x)
     channels, total = x.shape[1], x.shape[0] - 1
     residual = None if residual is None else check_rows(residual, channels, like=x)
-    if weight is not None and weight.shape[0] != channels:
+    if weight.shape[0] != channels:
         raise ValueError(f"weight must be ({channels},), got {tuple(weight.shape)}")
     segments = offsets.shape[0] - 1
     y = torch.empty_like(x)
-    mean = rstd = partial = None
-    if weight is not None:
-        mean, rstd = statistics(segments if stats == "active" else total, groups, x.device)
-        partial = moments(x, offsets, groups) if stats == "active" else None
+    mean, rstd = statistics(segments if stats == "active" else total, groups, x.device)
+    partial = moments(x, offsets, groups) if stats == "active" else None
     run(
         gated_rows,
         (triton.cdiv(total, RUN),),
@@ -93,7 +89,7 @@ def place(
         rstd,
         eps,
         total,
-        **tile_shape(channels, groups if weight is not None else 1, ELEMENTS),
+        **tile_shape(channels, groups, ELEMENTS),
         splits=configs.splits(target(x.device), segments),
         relu=relu,
         length=RUN,
@@ -102,9 +98,9 @@ def place(
     return y, mean, rstd
 
 
-def place_backward(
+def scatter_add_backward(
     grad: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -112,33 +108,25 @@ def place_backward(
     rstd: Tensor,
     gate: Tensor,
     positions: Tensor,
-    inverse: Tensor,
-    segment: Tensor,
     offsets: Tensor,
     *,
-    groups: int,
     stats: Stats,
-    relu: bool,
     residual: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `place` (with a weight). Three launches, one to clear, one more with `relu` and `residual`.
+    """Gradients of `scatter_add`. Three launches, one to clear, one more with a ReLU and `residual`.
 
     Args:
         grad: (P+1, C) of the output, of the dtype of x.
-        y: (P+1, C), what `place` returned.
-        x: (P+1, C), what `place` was given.
+        y: (P+1, C), what `scatter_add` returned where act was a ReLU; else None.
+        x: (P+1, C), what `scatter_add` was given.
         weight: (C,).
         bias: (C,).
-        mean: as `place` returned it.
+        mean: as `scatter_add` returned it.
         rstd: likewise.
         gate: (P,) float32.
         positions: (P,) int32 of the plan of x.
-        inverse: (P+1,) int32; not needed here, `positions` tells the same.
-        segment: (P,) int32; not needed here, rows are walked by segment.
         offsets: (S+1,) int32.
-        groups: as given to `place`.
-        stats: likewise.
-        relu: likewise.
+        stats: as given to `scatter_add`.
         residual: whether there was one.
 
     Returns:
@@ -150,7 +138,7 @@ def place_backward(
     """
     x = check_rows(x, weight.shape[0])
     grad = check_rows(grad, x.shape[1], like=x)
-    closed = check_rows(y, x.shape[1], like=x) if relu else None
+    closed = None if y is None else check_rows(y, x.shape[1], like=x)
     residual_grad = None
     if residual:
         if closed is not None:
@@ -160,7 +148,7 @@ def place_backward(
     gate_grad = torch.zeros(x.shape[0] - 1, dtype=torch.float32, device=x.device)
     factor = gate.float().contiguous()
     x_grad, weight_grad, bias_grad = backward(
-        grad, x, closed, weight, bias, factor, mean, rstd, positions, gate_grad, offsets, groups, stats
+        grad, x, closed, weight, bias, factor, mean, rstd, positions, gate_grad, offsets, stats
     )
     return residual_grad, x_grad, weight_grad, bias_grad, gate_grad
 
@@ -193,9 +181,8 @@ def gated_rows(
     last = tl.minimum(first + length, total)
     channel, live = channels_of(groups, group, wide, deep)
     which = tl.arange(0, wide)
-    if weight is not None:
-        scale = tl.load(weight + channel, mask=live, other=0.0).to(tl.float32)
-        shift = tl.load(bias + channel, mask=live, other=0.0).to(tl.float32)
+    scale = tl.load(weight + channel, mask=live, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=live, other=0.0).to(tl.float32)
     if first == 0:
         zeros = tl.zeros((1, wide, deep), tl.float32)
         tl.store(y + total.to(tl.int64) * (groups * group) + channel, zeros.to(y.dtype.element_ty), mask=live)
@@ -224,16 +211,15 @@ def gated_rows(
             active = (row < total)[:, None, None] & live
             address = row.to(tl.int64)[:, None, None] * (groups * group) + channel
             value = tl.load(x + address, mask=active, other=0.0).to(tl.float32)
-            if weight is not None:
-                if partial is None:
-                    mean = tl.sum(value, 2) / group
-                    centred = tl.where(live, value - mean[:, :, None], 0.0)
-                    rstd = tl.rsqrt(tl.sum(centred * centred, 2) / group + eps)
-                    row_groups = row[:, None] * groups + which[None, :]
-                    store = (row < total)[:, None] & (which < groups)[None, :]
-                    tl.store(mean_out + row_groups, mean, mask=store)
-                    tl.store(rstd_out + row_groups, rstd, mask=store)
-                value = (value - mean[:, :, None]) * rstd[:, :, None] * scale + shift
+            if partial is None:
+                mean = tl.sum(value, 2) / group
+                centred = tl.where(live, value - mean[:, :, None], 0.0)
+                rstd = tl.rsqrt(tl.sum(centred * centred, 2) / group + eps)
+                row_groups = row[:, None] * groups + which[None, :]
+                store = (row < total)[:, None] & (which < groups)[None, :]
+                tl.store(mean_out + row_groups, mean, mask=store)
+                tl.store(rstd_out + row_groups, rstd, mask=store)
+            value = (value - mean[:, :, None]) * rstd[:, :, None] * scale + shift
             value *= tl.load(gate + position, mask=row < total, other=0.0)[:, None, None]
             value = tl.where(active, value, 0.0)
             address = position.to(tl.int64)[:, None, None] * (groups * group) + channel

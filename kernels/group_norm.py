@@ -35,12 +35,10 @@ Stats = Literal["active", "position"]
 ELEMENTS = 4096
 
 
-def norm(
+def group_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    positions: Tensor,
-    segment: Tensor,
     offsets: Tensor,
     *,
     groups: int,
@@ -54,8 +52,6 @@ def norm(
         x: (P+1, C) float32, float16 or bfloat16.
         weight: (C,) scale.
         bias: (C,) shift.
-        positions: (P,) int32 of the plan of x; not needed here, rows are walked by segment.
-        segment: (P,) int32; likewise.
         offsets: (S+1,) int32 of the plan of x.
         groups: divides C.
         eps: added to the (biased) variance.

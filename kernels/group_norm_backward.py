@@ -8,7 +8,7 @@ The first launch walks over rows as the forward statistics do and writes per pro
 (for weight and bias) and, weighted, by group (for the averages). The second, organised alike, merges the group sums
 of its segment once and computes dL/dx. Sums over programs in a fixed order: deterministic, no atomics.
 
-Both kernels also serve `place`, whose gradients and outputs are dense and carry a gate: row n then reads position
+Both kernels also serve `scatter_add`, whose gradients and outputs are dense and carry a gate: row n then reads position
 positions[n] times gate.
 """
 
@@ -23,43 +23,35 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .group_norm import Stats, channels_of, tile_shape
 from .launch import check_rows, run, target
-from .norm import Stats, channels_of, tile_shape
 
 # Elements of a tile: 16 per thread of the sums, which hold two of them, and 8 of dL/dx, where 16 make ptxas spill.
 ELEMENTS = 2048
 
 
-def norm_backward(
+def group_norm_backward(
     grad: Tensor,
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    positions: Tensor,
-    segment: Tensor,
     offsets: Tensor,
     *,
-    groups: int,
     stats: Stats,
-    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `norm`. Three launches.
+    """Gradients of `group_norm`. Three launches.
 
     Args:
         grad: (P+1, C) of the output, of the dtype of x.
-        x: (P+1, C), what `norm` was given.
-        y: (P+1, C), what it returned; may be None without `relu`.
+        x: (P+1, C), what `group_norm` was given.
+        y: (P+1, C), what it returned, where a ReLU was applied; else None.
         weight: (C,).
-        mean: as `norm` returned it.
+        mean: as `group_norm` returned it.
         rstd: likewise.
-        positions: (P,) int32; not needed here, as in `norm`.
-        segment: (P,) int32; likewise.
         offsets: (S+1,) int32.
-        groups: as given to `norm`.
-        stats: likewise.
-        relu: likewise.
+        stats: as given to `group_norm`.
 
     Returns:
         (P+1, C) of the dtype of x, undefined beyond the active rows; (C,) float32 of the weight and of the bias.
@@ -69,10 +61,8 @@ def norm_backward(
     """
     x = check_rows(x, weight.shape[0])
     grad = check_rows(grad, x.shape[1], like=x)
-    y = check_rows(y, x.shape[1], like=x) if relu and y is not None else None
-    if relu and y is None:
-        raise ValueError("the gradient of a ReLU needs its output y")
-    return backward(grad, x, y, weight, None, None, mean, rstd, None, None, offsets, groups, stats)
+    y = None if y is None else check_rows(y, x.shape[1], like=x)
+    return backward(grad, x, y, weight, None, None, mean, rstd, None, None, offsets, stats)
 
 
 def backward(
@@ -87,11 +77,10 @@ def backward(
     positions: Tensor | None,
     gate_grad: Tensor | None,
     offsets: Tensor,
-    groups: int,
     stats: Stats,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both launches; y masks the gradient where it is not positive, `bias`, `gate`, `positions` belong to `place`."""
-    channels = x.shape[1]
+    """Both launches; y masks the gradient where it is not positive; bias, gate, positions are of `scatter_add`."""
+    channels, groups = x.shape[1], mean.shape[1]
     segments, splits = offsets.shape[0] - 1, configs.splits(target(x.device), offsets.shape[0] - 1)
     shape = tile_shape(channels, groups, ELEMENTS)
     by_row = stats == "position"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from pyramid import DEVICE, DTYPES, SMALL, Pyramid, assert_close, poisoned, random, random_gate
-from test_norm import EPS, TOLERANCE, affine, expected_norm
+from pyramid import DTYPES, SMALL, Pyramid, assert_close, poisoned, random, random_gate
+from test_group_norm import EPS, TOLERANCE, affine, expected_norm
 
 from dyndet import kernels
 
 TINY = Pyramid(((3, 1), (1, 1), (1, 1), (1, 1)), batch=15)  # several segments in the run of one program
 
 
-def expected_place(
+def expected_sum(
     plan: kernels.Plan, normal: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor | None, total: int
 ) -> torch.Tensor:
     """(P, C) float64, before the activation."""
@@ -38,12 +36,12 @@ def test_both_ways(with_residual: bool, relu: bool, stats: kernels.Stats, dtype:
     leaves = [leaf.double().requires_grad_() for leaf in (x, weight, bias, gate)]
     base = None if residual is None else residual.double().requires_grad_()
     normal = expected_norm(plan, leaves[0], leaves[1], leaves[2], groups, stats)
-    linear = expected_place(plan, normal, leaves[3], base, total)
+    linear = expected_sum(plan, normal, leaves[3], base, total)
 
     rows = poisoned(x, total)
-    around: tuple[Any, ...] = (plan.positions, plan.inverse, SMALL.segment, plan.offsets)
+    around = (plan.inverse, SMALL.segment, plan.offsets)
     poisoned_gate = torch.where(gate > 0, gate, float("nan"))
-    y, mean, rstd = kernels.place(
+    y, mean, rstd = kernels.scatter_add(
         rows,
         weight,
         bias,
@@ -58,23 +56,21 @@ def test_both_ways(with_residual: bool, relu: bool, stats: kernels.Stats, dtype:
     expected = (linear.relu() if relu else linear).detach()
     assert_close(y[:total], expected, TOLERANCE[dtype])
     assert not y[total].any()
-    assert mean is not None and rstd is not None
 
     slope = grad.double() * (y[:total] > 0) if relu else grad.double()
     gradients = torch.autograd.grad(linear, leaves if base is None else [*leaves, base], slope)
-    actual = kernels.place_backward(
+    actual = kernels.scatter_add_backward(
         poisoned(grad, total),
-        poisoned(y[:total], total),
+        poisoned(y[:total], total) if relu else None,
         rows,
         weight,
         bias,
         mean,
         rstd,
         poisoned_gate,
-        *around,
-        groups=groups,
+        plan.positions,
+        plan.offsets,
         stats=stats,
-        relu=relu,
         residual=with_residual,
     )
     if base is None:
@@ -96,43 +92,19 @@ def test_masks_and_many_segments(pyramid: Pyramid, density: float) -> None:
     gate = random(pyramid.total, seed=9)
     x, residual = random(count, 16), random(pyramid.total, 16, seed=2)
     weight, bias = affine(16)
-    y, mean, rstd = kernels.place(
+    y, mean, rstd = kernels.scatter_add(
         poisoned(x, pyramid.total),
         weight,
         bias,
         gate,
         poisoned(residual, pyramid.total),
-        *(plan.positions, plan.inverse, pyramid.segment, plan.offsets),
+        *(plan.inverse, pyramid.segment, plan.offsets),
         groups=2,
         eps=EPS,
         stats="active",
         relu=False,
     )
     normal = expected_norm(plan, x.double(), weight.double(), bias.double(), 2, "active")
-    expected = expected_place(plan, normal, gate.double(), residual.double(), pyramid.total)
+    expected = expected_sum(plan, normal, gate.double(), residual.double(), pyramid.total)
     assert_close(y[: pyramid.total], expected, 1e-5)
-    assert mean is not None and mean.isfinite().all()
-    assert rstd is not None and rstd.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_already_normalised(dtype: torch.dtype) -> None:
-    gate = random_gate(SMALL)
-    plan = SMALL.plan(gate, reach=0)
-    x = random(int(plan.offsets[-1]), 20, dtype=dtype)
-    residual = random(SMALL.total, 20, seed=2, dtype=dtype)
-    y, mean, rstd = kernels.place(
-        poisoned(x, SMALL.total),
-        None,
-        None,
-        gate.to(DEVICE),
-        poisoned(residual, SMALL.total),
-        *(plan.positions, plan.inverse, SMALL.segment, plan.offsets),
-        groups=4,
-        eps=EPS,
-        stats="position",
-        relu=True,
-    )
-    expected = expected_place(plan, x.double(), gate.double(), residual.double(), SMALL.total).relu()
-    assert_close(y, torch.cat([expected, expected[:1] * 0]), TOLERANCE[dtype])
-    assert mean is None and rstd is None
+    assert mean.isfinite().all() and rstd.isfinite().all()
