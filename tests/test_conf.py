@@ -170,7 +170,7 @@ def verdicts() -> Iterator[tuple[str, str, Any, Any]]:
                 if target.startswith("dyndet.") and not path[-1].startswith("_"):
                     without = looked_up(config, path)
                     if without is NOTHING:
-                        without = plain(constructor(target).get(path[-1], NOTHING))
+                        without = plain_defaults(target).get(path[-1], NOTHING)  # not those of other libraries
                     yield name, ".".join(path), value, without
             config = after
 

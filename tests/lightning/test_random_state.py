@@ -59,6 +59,7 @@ def _process(rank: int, folder: Path, results: Any) -> None:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", str(rank))  # so that Lightning starts no more of them
+        patch.delenv("PL_GLOBAL_SEED", raising=False)  # left by another test, it would seed both alike
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
         torch.manual_seed(rank)
         whole = fit(Save(folder / "two.ckpt"), processes=2)
