@@ -25,7 +25,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 @cache
 def composed(experiment: str) -> DictConfig:
-    return compose_experiment(experiment)
+    return compose_experiment(experiment, ["output_dir=x"])
 
 
 def test_experiments_build() -> None:
@@ -38,6 +38,27 @@ def test_experiments_build() -> None:
         parts = [detector.first, detector.second] if isinstance(detector, DynamicDetector) else [detector]
         for part in parts:
             assert part.predictor.num_classes == config.data.num_classes, f"conf/experiment/{experiment}.yaml"
+
+
+def test_no_experiment_is_mistaken_for_a_mistake() -> None:
+    for experiment in EXPERIMENTS:
+        config = composed(experiment)
+        for part in ("data", "detector", "optim", "trainer", "callbacks", "logger"):
+            check_arguments(config[part])
+
+
+YOLO = ["yolov7", "yolov7x", "yolov7w6", "dy_yolov7", "dy_yolov7x", "dy_yolov7w6"]
+
+
+def test_what_runs_on_coco_shares() -> None:
+    for experiment in EXPERIMENTS:
+        config = composed(experiment)
+        if config.data.get("root") != "data/coco":
+            assert experiment.startswith(("bccd", "shapes")), experiment
+            continue
+        assert config.callbacks.last.every_n_train_steps == 1000, experiment
+        assert config.data.module.train.skip_empty == (experiment not in YOLO), experiment
+        assert not config.data.module.val.get("skip_empty", False), experiment
 
 
 def test_experiments_optimise() -> None:
@@ -108,20 +129,6 @@ def test_lambda_is_the_published_one() -> None:
         assert config.budget.scale_gradient == "published"
         assert config.head.activation.tau == 1.5 and config.head.openness == 0.99
         assert config.head.cost_table == "published"
-
-
-YOLO = ["yolov7", "yolov7x", "yolov7w6", "dy_yolov7", "dy_yolov7x", "dy_yolov7w6"]
-
-
-def test_what_runs_on_coco_shares() -> None:
-    for experiment in EXPERIMENTS:
-        config = composed(experiment)
-        if config.data.get("root") != "data/coco":
-            assert experiment.startswith(("bccd", "shapes")), experiment
-            continue
-        assert config.callbacks.last.every_n_train_steps == 1000, experiment
-        assert config.data.module.train.skip_empty == (experiment not in YOLO), experiment
-        assert not config.data.module.val.get("skip_empty", False), experiment
 
 
 @pytest.mark.parametrize(("experiment", "images"), [("yolov7", 16), ("dy_yolov7x", 16), ("dy_yolov7w6", 4)])
@@ -205,13 +212,6 @@ def test_other_parts_name_the_key_too(part: str, override: str, words: str) -> N
         built = build(OmegaConf.select(config, part))
         if part == "data.module":
             built.setup("fit")
-
-
-def test_no_experiment_is_mistaken_for_a_mistake() -> None:
-    for experiment in EXPERIMENTS:
-        config = compose_experiment(experiment, ["output_dir=x"])
-        for part in ("data", "detector", "optim", "trainer", "callbacks", "logger"):
-            check_arguments(config[part])
 
 
 def test_images_in_place_of_a_folder() -> None:
