@@ -74,8 +74,7 @@ class DyndetConfigSource(ConfigSource):
             text = OmegaConf.to_yaml(_variants(self.path)[name])
         else:
             raise ConfigLoadError(f"Config not found : {name}")
-        content = OmegaConf.to_container(OmegaConf.create(text))
-        config = OmegaConf.create(complete(content, _placed(content)))
+        config = OmegaConf.create(_loaded(text))
         return ConfigResult(self.provider, self.full_path(), config, self._get_header_dict(text))
 
     def _at(self, config_path: str) -> Traversable:
@@ -93,6 +92,13 @@ def _variants(package: str) -> dict[str, Any]:
             for name, changes in options.items():
                 found[f"{group}/{name}_{size}"] = {"defaults": [name, "_self_"], **changes}
     return found
+
+
+@functools.cache
+def _loaded(text: str) -> Any:
+    """A file's content with defaults filled in, as plain containers, which are not changed: sweeps read few files."""
+    content = OmegaConf.to_container(OmegaConf.create(text))
+    return complete(content, _placed(content))
 
 
 def complete(node: Any, placed: Collection[str] = (), path: str = "") -> Any:
