@@ -46,6 +46,7 @@ kernels: $(READY)  ## compile the Triton kernels for sm_80 and sm_90 (no GPU nee
 	$(BIN)/python scripts/compile_kernels.py --sm 80 90
 
 wheel: $(READY)  ## build the wheel into dist/
+	rm -rf build
 	$(BIN)/python -m build --wheel --installer uv
 
 clean:  ## remove what make and runs have made, except outputs/
