@@ -96,5 +96,4 @@ class RowLayout:
 
     def per_segment(self, values: Tensor) -> Tensor:
         """(G, P) -> (G, S) sums over every segment: no index, and the same on every run."""
-        parts = values.split([stop - start for start, stop in self.levels], 1)
-        return torch.cat([part.view(len(part), self.batch, -1).sum(2) for part in parts], 1)
+        return torch.cat([part.flatten(2).sum(2).t() for part in self.unflat(values)], 1)

@@ -5,7 +5,7 @@ Legend: B images, L levels, P positions of all levels and images, S = L x B segm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -138,7 +138,7 @@ class Routing:
 
     def asked(self) -> Tensor:
         """Multiply-adds of the gated convolutions for the whole batch, where open gates ask for them; scalar."""
-        return self._total([item.asked() for item in self.work])
+        return self._sum(item.asked() for item in self.work)
 
     def executed(self) -> Tensor:
         """Multiply-adds that these convolutions took, scalar, on the device.
@@ -146,7 +146,7 @@ class Routing:
         Unlike `used` it knows how they were run: rows come in tiles, and a dense execution computes every position.
         Norms are in neither of the two.
         """
-        return self._total([item.executed() for item in self.work])
+        return self._sum(item.executed() for item in self.work)
 
     def positions(self) -> Tensor:
         """(B,) positions of the pyramid that count."""
@@ -164,7 +164,7 @@ class Routing:
     def spent(self) -> Tensor:
         """(P,) multiply-adds of every position; they sum to `used`."""
         with torch.no_grad():
-            return self.spread(self._executed)
+            return self.spread(lambda path, gate: (gate > 0).float() if path.sparse else self._everything(path, gate))
 
     def possible(self) -> Tensor:
         """(P,) multiply-adds of every position with every gate open; they sum to `full`."""
@@ -203,9 +203,6 @@ class Routing:
             yield run[0], self.gates[start : start + len(run)].float()
             start += len(run)
 
-    def _executed(self, path: GatedPath, gates: Tensor) -> Tensor:
-        return (gates > 0).float() if path.sparse else self._everything(path, gates)
-
     def _everything(self, path: GatedPath, gates: Tensor) -> Tensor:
         weights = torch.ones_like(gates)
         for level, (start, stop) in enumerate(self.layout.levels):
@@ -223,10 +220,8 @@ class Routing:
 
     def _counts(self) -> Tensor:
         """(S,) valid positions of every segment."""
-        if self.valid is not None:
-            return self.layout.per_segment(self.valid[None].float())[0]
-        batch, device = self.layout.batch, self.gates.device
-        return torch.cat([torch.full((batch,), float(h * w), device=device) for h, w in self.layout.shapes])
+        area = self.gates.new_ones(self.layout.positions) if self.valid is None else self.valid
+        return self.layout.per_segment(area[None].float())[0]
 
     def _everywhere(self, macs: Callable[[GatedPath], float]) -> Tensor:
         """(B,) what paths cost that run on all valid positions of their levels."""
@@ -236,12 +231,12 @@ class Routing:
         wide = counts.to(_wide(counts))
         return torch.stack([count * price for count, price in zip(wide, prices, strict=True)]).sum(0)
 
-    def _total(self, costs: Sequence[Tensor | float]) -> Tensor:
-        """Scalar; what the host knows is added there."""
-        known = sum(float(cost) for cost in costs if not isinstance(cost, Tensor))
-        total = torch.full((), known, dtype=_wide(self.gates), device=self.gates.device)
-        counted = [cost.flatten().to(total.dtype) for cost in costs if isinstance(cost, Tensor)]
-        return total + torch.cat(counted).sum() if counted else total
+    def _sum(self, costs: Iterable[Tensor | float]) -> Tensor:
+        """Scalar; what the host knows needs no copy."""
+        total = self.gates.new_zeros(1, dtype=_wide(self.gates))
+        for cost in costs:
+            total = total + cost
+        return total[0]
 
 
 def _wide(values: Tensor) -> torch.dtype:

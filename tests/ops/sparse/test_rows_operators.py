@@ -54,7 +54,7 @@ def test_conv(how: str, biased: bool) -> None:
     bias = s["shift"] if biased else None
     for source, target, x in ((whole, plan, s["rows"]), (plan, plan, s["active"])):
         plans = source.tensors, target.tensors, layout.sizes
-        arguments = (x, s["weight"], bias, *plans, how, None, True)
+        arguments = (x, s["weight"], bias, *plans, None, True, how)
         torch.library.opcheck(torch.ops.dyndet.conv.default, arguments, test_utils=CHECKS)
 
 
@@ -75,14 +75,6 @@ def test_scatter_add(stats: str, residual: bool) -> None:
     tensors = s["active"], s["scale"], s["shift"], s["gate"], s["rows"] if residual else None
     arguments = (*tensors, s["plan"].tensors, s["layout"].sizes, 2, 1e-5, stats, residual, "torch")
     torch.library.opcheck(torch.ops.dyndet.scatter_add.default, arguments, test_utils=CHECKS)
-
-
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_gate_logits(kernel: int) -> None:
-    s = setting()
-    weight = torch.randn(2, 4, kernel, kernel, requires_grad=True)
-    arguments = (s["rows"], weight, s["layout"].sizes)
-    torch.library.opcheck(torch.ops.dyndet.gate_logits.default, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

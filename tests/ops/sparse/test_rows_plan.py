@@ -84,6 +84,6 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_operator_as_torch_sees_it(exact: bool) -> None:
     gates = masks(0.3, 3)
     layout = RowLayout.of(gates)
-    arguments = (layout.flat(gates)[0].float(), None, layout.sizes, [1, 0], "torch", exact)
+    arguments = (layout.flat(gates)[0].float(), None, layout.sizes, [1, 0], exact, "torch")
     checks = ("test_schema", "test_autograd_registration") if exact else ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dyndet.plan.default, arguments, test_utils=checks)

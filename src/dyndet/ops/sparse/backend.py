@@ -42,11 +42,8 @@ _BFLOAT16 = {0: 0.15, 64: 0.25, 128: 0.35, 256: 0.55} if torch.cpu.get_capabilit
 _CROSSOVER = {
     ("cpu", torch.float32): _FLOAT32,
     ("cpu", torch.bfloat16): _BFLOAT16,
-    ("cuda", torch.float32): {0: 0.45},
-    ("cuda", torch.bfloat16): {0: 0.45},
-    ("cuda", torch.float16): {0: 0.45},
 }
-_OTHERWISE = {0: 0.5}
+_OTHERWISE = {0: 0.45}
 
 
 def backend(impl: str) -> ModuleType:

@@ -7,7 +7,7 @@ The source is the whole map (first convolution of a block, which reads everythin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dyndet.layout import RowLayout
 from dyndet.ops.sparse.backend import Impl, allows_tf32, autocast_dtype, backend, choose
-from dyndet.ops.sparse.group_norm import Norm, group_norm
+from dyndet.ops.sparse.group_norm import Norm, RowNorm, group_norm
 from dyndet.ops.sparse.operator import operator
 from dyndet.ops.sparse.plan import Plan
 from dyndet.routing import Work
@@ -64,12 +64,12 @@ def conv(
     how = _execution(impl, target, x, weight)
     for plan in (source, target):
         plan.check(how)
-    plans = source.tensors, target.tensors, target.layout.sizes
-    static = target.density, how == "triton" and allows_tf32(dtype)
-    fused = norm is not None and norm.stats == "position" and bias is None and not depthwise
-    if norm is not None and fused and how == "triton" and not torch.is_grad_enabled():
-        return _conv_norm(x, weight, norm.scale, norm.shift, *plans, norm.groups, norm.eps, relu, *static)
-    rows = _conv(x, weight, bias, *plans, how, *static)
+    tf32 = how == "triton" and allows_tf32(dtype)
+    plans = source.tensors, target.tensors, target.layout.sizes, target.density, tf32, how
+    one_launch = how == "triton" and bias is None and not depthwise and not torch.is_grad_enabled()
+    if norm is not None and norm.stats == "position" and one_launch:
+        return _conv_norm(x, weight, norm.scale, norm.shift, norm.groups, norm.eps, relu, *plans)
+    rows = _conv(x, weight, bias, *plans)
     return rows if norm is None else group_norm(rows, norm, plan=target, relu=relu, impl=impl)
 
 
@@ -78,7 +78,7 @@ def conv_work(x: Tensor, weight: Tensor, *, target: Plan, impl: Impl = "auto") -
     how = _execution(impl, target, x, weight)
     rows = target.capacity if target.exact else target.count
     tile = backend(how).tile_rows(x, weight, target, tf32=allows_tf32(x.dtype)) if how == "triton" else 1
-    return Work(float(weight.numel()), rows, tile, target.reached_levels() if how == "dense" else None)
+    return Work(float(weight.numel()), rows, tile, target.positions_reached() if how == "dense" else None)
 
 
 def _execution(impl: Impl, target: Plan, x: Tensor, weight: Tensor) -> Impl:
@@ -87,20 +87,21 @@ def _execution(impl: Impl, target: Plan, x: Tensor, weight: Tensor) -> Impl:
     return "dense" if how == "gather" and weight.shape[1] < x.shape[1] else how
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source: list[Tensor],
-    target: list[Tensor],
-    sizes: list[int],
-    impl: str,
-    density: float | None,
-    tf32: bool,
-) -> Tensor:
+class Layer(NamedTuple):
+    """A convolution as back ends take it: depthwise where the weight has one input channel."""
+
+    weight: Tensor
+    bias: Tensor | None
+    source: Plan
+    target: Plan
+    tf32: bool
+    impl: str
+
+
+def _parse(x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensors, *rest: Any) -> tuple[Tensor, Layer]:
+    target, sizes, density, tf32, impl = rest
     layout = RowLayout.from_sizes(sizes, x.device)
-    plans = Plan.of(source, layout), Plan.of(target, layout, density)
-    return backend(impl).conv(x, weight, bias, *plans, impl, tf32)
+    return x, Layer(weight, bias, Plan.of(source, layout), Plan.of(target, layout, density), tf32, impl)
 
 
 def _fake(x: Tensor, weight: Tensor, _: Any, source: Tensors, target: Tensors, sizes: list[int], *__: Any) -> Tensor:
@@ -108,43 +109,21 @@ def _fake(x: Tensor, weight: Tensor, _: Any, source: Tensors, target: Tensors, s
     return x.new_empty(rows + 1, len(weight))
 
 
-def _backward(
-    grad: Tensor, needs: list[bool], _: Tensors, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor | None, ...]:
-    source, target, sizes, impl, density, tf32 = rest
-    layout = RowLayout.from_sizes(sizes, x.device)
-    plans = Plan.of(source, layout), Plan.of(target, layout, density)
-    return backend(impl).conv_backward(grad, x, weight, *plans, needs, impl, tf32)
+def _parse_norm(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *rest: Any) -> tuple[Tensor, Layer, RowNorm]:
+    groups, eps, relu, *plans = rest
+    x, layer = _parse(x, weight, None, *plans)
+    return x, layer, RowNorm(Norm(scale, shift, groups, eps, "position"), layer.target, relu)
 
 
-_conv = operator("conv", _forward, _fake, _backward, inputs=3)
-
-
-@torch.library.custom_op("dyndet::conv_norm", mutates_args=())
-def _conv_norm(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    source: list[Tensor],
-    target: list[Tensor],
-    sizes: list[int],
-    groups: int,
-    eps: float,
-    relu: bool,
-    density: float | None,
-    tf32: bool,
-) -> Tensor:
-    """By kernels, without gradient: convolution, norm of every position by itself, and ReLU."""
-    layout = RowLayout.from_sizes(sizes, x.device)
-    plans = Plan.of(source, layout), Plan.of(target, layout, density)
-    norm = Norm(scale, shift, groups, eps, "position")
-    return backend("triton").conv(x, weight, None, *plans, "triton", tf32, norm, relu)
-
-
-@_conv_norm.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *rest: Any) -> Tensor:
-    return _fake(x, weight, None, *rest)
+_PLANS = "Tensor[] source, Tensor[] target, int[] sizes, float? density, bool tf32, str impl"
+_conv = operator("conv", f"Tensor x, Tensor weight, Tensor? bias, {_PLANS}", "Tensor", _parse, _fake, inputs=3)
+_conv_norm = operator(
+    "conv_norm",
+    f"Tensor x, Tensor weight, Tensor scale, Tensor shift, int groups, float eps, bool relu, {_PLANS}",
+    "Tensor",
+    _parse_norm,
+    lambda x, weight, scale, shift, groups, eps, relu, *plans: _fake(x, weight, None, *plans),
+)
 
 
 @register_flop_formula(torch.ops.dyndet.conv)

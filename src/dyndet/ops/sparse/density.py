@@ -63,9 +63,13 @@ class DensityEstimate:
 
     def refresh(self) -> None:
         """Takes over counts if they have arrived; does not wait for them."""
-        if self._coming is not None and not capturing() and self._coming.arrived():
-            self._known = self._coming.densities()
-            self._coming = None
+        if self._coming is None or capturing() or not self._coming.arrival.query():
+            return
+        shares: dict[str, list[float]] = {}
+        for node, rows in zip(self._coming.nodes, self._coming.rows.tolist(), strict=True):
+            shares.setdefault(node, []).append(rows / self._coming.positions)
+        self._known = {node: NodeDensity(*values) for node, values in shares.items()}
+        self._coming = None
 
     def observe(self, work: Sequence[Work], positions: int) -> None:
         """Sends the row counts of a step off, unless earlier ones are still on their way.
@@ -74,28 +78,20 @@ class DensityEstimate:
             work: of all nodes, each with its four plans in the order of `NodeDensity`.
             positions: P, that could have been active.
         """
-        if self._coming is None and positions and not capturing() and any(isinstance(x.rows, Tensor) for x in work):
-            self._coming = Coming(work, positions)
+        if self._coming is None and positions and not capturing():
+            counted = next((item.rows for item in work if isinstance(item.rows, Tensor)), None)
+            if counted is not None:
+                rows = [x.rows if isinstance(x.rows, Tensor) else counted.new_full((1,), x.rows) for x in work]
+                self._coming = Coming([item.node for item in work], *send(torch.cat(rows)), positions)
 
 
-class Coming:
-    """Row counts on their way to the host: one copy, and an event behind it."""
+class Coming(NamedTuple):
+    """Row counts on their way to the host, and the event behind them."""
 
-    def __init__(self, work: Sequence[Work], positions: int) -> None:
-        self.positions = positions
-        self.nodes = [item.node for item in work]
-        self.exact = [None if isinstance(item.rows, Tensor) else item.rows for item in work]
-        self.counts, self.event = send(torch.cat([item.rows for item in work if isinstance(item.rows, Tensor)]))
-
-    def arrived(self) -> bool:
-        return self.event.query()
-
-    def densities(self) -> dict[str, NodeDensity]:
-        counted = iter(self.counts.tolist())
-        shares: dict[str, list[float]] = {}
-        for node, rows in zip(self.nodes, self.exact, strict=True):
-            shares.setdefault(node, []).append((next(counted) if rows is None else rows) / self.positions)
-        return {node: NodeDensity(*values) for node, values in shares.items()}
+    nodes: list[str]
+    rows: Tensor
+    arrival: torch.cuda.Event
+    positions: int
 
 
 def send(values: Tensor) -> tuple[Tensor, torch.cuda.Event]:

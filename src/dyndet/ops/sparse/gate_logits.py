@@ -1,17 +1,18 @@
-"""Convolution of the map to very few channels, differentiable: the logits of gates; in plain torch on every device."""
+"""Convolution of the map to very few channels: the logits of gates, in plain torch on every device.
+
+A convolution to one or two channels starves on small vectors. Here one matrix product takes all taps at every
+position, and every position then adds up what its neighbours hold for it.
+
+No operator of its own: what it computes depends on no gate, and torch differentiates it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from dyndet.layout import RowLayout
-from dyndet.ops.sparse import torch_backend
-from dyndet.ops.sparse.backend import autocast_dtype
-from dyndet.ops.sparse.operator import operator
 
 
 def gate_logits(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
@@ -25,29 +26,12 @@ def gate_logits(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
     Returns:
         (O, P), at least float32.
     """
-    dtype = autocast_dtype(x)
-    return _gate_logits(x.to(dtype), weight.to(dtype), layout.sizes)
-
-
-def _forward(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-    return torch_backend.gate_logits(x, weight, RowLayout.from_sizes(sizes, x.device))
-
-
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(len(weight), len(x) - 1, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _backward(
-    grad: Tensor, needs: list[bool], outputs: list[Tensor], x: Tensor, weight: Tensor, sizes: list[int]
-) -> tuple[Tensor, Tensor]:
-    return torch_backend.gate_logits_backward(grad, x, weight, RowLayout.from_sizes(sizes, x.device))
-
-
-_gate_logits = operator("gate_logits", _forward, _fake, _backward, inputs=2)
-
-
-@register_flop_formula(torch.ops.dyndet.gate_logits)
-def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Two per multiply-add."""
-    outputs, channels, height, width = weight
-    return 2 * (x[0] - 1) * outputs * channels * height * width
+    kernel = weight.shape[-1]
+    taps = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, weight.shape[1])  # what q adds to p is tap q - p of p
+    positions, _ = x.split([layout.positions, 1])  # unlike a slice, one pass in the backward direction
+    products = F.linear(positions, taps).t()
+    products = products.to(torch.promote_types(products.dtype, torch.float32))
+    levels = [
+        F.fold(level.flatten(2), level.shape[2:], kernel, padding=kernel // 2) for level in layout.unflat(products)
+    ]
+    return layout.flat(levels)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dyndet.layout import RowLayout
-from dyndet.ops.sparse.backend import Impl, Stats, backend, resolve
+from dyndet.ops.sparse.backend import Impl, Stats, resolve
 from dyndet.ops.sparse.operator import operator
 from dyndet.ops.sparse.plan import Plan
 
@@ -55,41 +55,40 @@ def group_norm(x: Tensor, norm: Norm, *, plan: Plan, relu: bool = False, impl: I
     return _group_norm(x, scale, shift, plan.tensors, plan.layout.sizes, *rest, relu, how)[0]
 
 
-def _forward(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    plan: list[Tensor],
-    sizes: list[int],
-    groups: int,
-    eps: float,
-    stats: str,
-    relu: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised rows, mean, 1 / deviation."""
-    active = Plan.of(plan, RowLayout.from_sizes(sizes, x.device))
-    return backend(impl).group_norm(x, Norm(scale, shift, groups, eps, stats), active, relu)  # type: ignore[arg-type]
+class RowNorm(NamedTuple):
+    """A norm of the rows of a plan, as back ends take it."""
+
+    norm: Norm
+    plan: Plan
+    relu: bool
 
 
-def _fake(x: Tensor, scale: Tensor, shift: Tensor, plan: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def parse_norm(x: Tensor, scale: Tensor, shift: Tensor, plan: list[Tensor], *rest: Any) -> tuple[Tensor, RowNorm]:
+    """The arguments of the operator as a back end takes them."""
+    sizes, groups, eps, stats, relu, _ = rest
+    layout = RowLayout.from_sizes(sizes, x.device)
+    return x, RowNorm(Norm(scale, shift, groups, eps, stats), Plan.of(plan, layout), relu)
+
+
+def fake_norm(x: Tensor, scale: Tensor, shift: Tensor, plan: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    """What the operator returns, without values."""
     sizes, groups, _, stats, *_ = rest
-    return torch.empty_like(x), *empty_statistics(x, sizes, groups, stats)
+    return torch.empty_like(x), *empty_statistics(x, RowLayout.from_sizes(sizes, x.device), groups, stats)
 
 
-def empty_statistics(x: Tensor, sizes: list[int], groups: int, stats: str) -> tuple[Tensor, Tensor]:
+def empty_statistics(x: Tensor, layout: RowLayout, groups: int, stats: str) -> tuple[Tensor, Tensor]:
     """Mean and 1 / deviation: (capacity, groups) by position, else (S, groups)."""
-    rows = len(x) - 1 if stats == "position" else RowLayout.from_sizes(sizes, x.device).segments
+    rows = len(x) - 1 if stats == "position" else layout.segments
     mean = x.new_empty(rows, groups, dtype=torch.promote_types(x.dtype, torch.float32))
     return mean, torch.empty_like(mean)
 
 
-def _backward(grad: Tensor, needs: list[bool], outputs: list[Tensor], x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    scale, shift, plan, sizes, groups, eps, stats, relu, impl = rest
-    y, *statistics = outputs
-    active = Plan.of(plan, RowLayout.from_sizes(sizes, x.device))
-    norm = Norm(scale, shift, groups, eps, stats)
-    return backend(impl).group_norm_backward(grad, x, y if relu else None, norm, *statistics, active)
-
-
-_group_norm = operator("group_norm", _forward, _fake, _backward, inputs=3)
+PLAN_AND_NORM = "Tensor[] plan, int[] sizes, int groups, float eps, str stats, bool relu, str impl"
+_group_norm = operator(
+    "group_norm",
+    f"Tensor x, Tensor scale, Tensor shift, {PLAN_AND_NORM}",
+    "(Tensor, Tensor, Tensor)",  # normalised rows, mean, 1 / deviation
+    parse_norm,
+    fake_norm,
+    inputs=3,
+)

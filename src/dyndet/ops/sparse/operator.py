@@ -1,4 +1,4 @@
-"""Registered operators with gradients, declared once: export, compilation and counters see one node either way."""
+"""Registered operators: export, compilation and counters see one node, whichever back end executes it."""
 
 from __future__ import annotations
 
@@ -9,42 +9,56 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dyndet.ops.sparse.backend import backend
+
 Function = Callable[..., Any]
+
+Gradients = tuple[Tensor | None, ...]
+"""What a back end's NAME_backward returns, see `operator`."""
 
 _SAVED = object()  # stands for a tensor
 
 
-def operator(name: str, forward: Function, fake: Function, backward: Function, *, inputs: int) -> Function:
-    """Registers `dyndet::NAME`, and `dyndet::NAME_backward` for its gradient.
+def operator(name: str, arguments: str, outputs: str, parse: Function, fake: Function, *, inputs: int = 0) -> Function:
+    """Registers `dyndet::NAME`, which calls NAME of a back end, and `dyndet::NAME_backward` for its gradient.
 
     Args:
         name: of the operator.
-        forward: the annotated implementation; of several outputs only the first has a gradient.
-        fake: the same arguments -> empty outputs.
-        backward: (grad, needs, outputs, *arguments of `forward`) -> gradients of its first arguments, in any float
-            type; those that `needs` does not ask for may be None.
-        inputs: how many first arguments have a gradient.
+        arguments: as a schema; the last one is "str impl", which says whose NAME is called.
+        outputs: as a schema; of several only the first has a gradient.
+        parse: the arguments -> those of the back end, plans and norms put together from their parts.
+        fake: the arguments -> empty outputs.
+        inputs: how many first arguments have a gradient. NAME_backward of the back end takes (grad, needs, outputs,
+            *arguments of NAME) and returns these gradients, in any float type; what `needs` does not ask for may be
+            None.
     """
-    name = f"dyndet::{name}"
-    schema = torch.library.infer_schema(forward, mutates_args=())
-    arguments = schema[1 : schema.index(") ->")]
-    registered = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
-    registered.register_fake(fake)
 
-    def gradient(grad: Tensor, needs: Sequence[bool], outputs: Sequence[Tensor], *values: Any) -> list[Tensor]:
-        grads = backward(grad.contiguous(), needs, outputs, *values)
+    def run(*values: Any) -> Any:
+        return getattr(backend(values[-1]), name)(*parse(*values))
+
+    schema = f"({arguments}) -> {outputs}"
+    registered = torch.library.custom_op(f"dyndet::{name}", run, mutates_args=(), schema=schema)
+    registered.register_fake(fake)
+    if not inputs:
+        return registered
+
+    def run_backward(grad: Tensor, needs: Sequence[bool], outputs: Sequence[Tensor], *values: Any) -> list[Tensor]:
+        execute = getattr(backend(values[-1]), f"{name}_backward")
+        grads = execute(grad.contiguous(), needs, outputs, *parse(*values))
         return [
             found.to(value.dtype) if needed else grad.new_empty(0)
             for value, found, needed in zip(values, grads, needs, strict=False)
         ]
 
-    def fake_gradient(grad: Tensor, needs: Sequence[bool], outputs: Sequence[Tensor], *values: Any) -> list[Tensor]:
+    def fake_backward(grad: Tensor, needs: Sequence[bool], outputs: Sequence[Tensor], *values: Any) -> list[Tensor]:
         pairs = zip(values, needs, strict=False)
         return [value.new_empty(value.shape) if needed else grad.new_empty(0) for value, needed in pairs]
 
-    of_gradient = f"(Tensor grad, bool[] needs, Tensor[] outputs, {arguments}) -> Tensor[]"
-    registered_gradient = torch.library.custom_op(f"{name}_backward", gradient, mutates_args=(), schema=of_gradient)
-    registered_gradient.register_fake(fake_gradient)
+    schema = f"(Tensor grad, bool[] needs, Tensor[] outputs, {arguments}) -> Tensor[]"
+    registered_backward = torch.library.custom_op(
+        f"dyndet::{name}_backward", run_backward, mutates_args=(), schema=schema
+    )
+    registered_backward.register_fake(fake_backward)
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         outputs = [output] if isinstance(output, Tensor) else list(output)
@@ -58,7 +72,7 @@ def operator(name: str, forward: Function, fake: Function, backward: Function, *
     def gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         tensors, needs = iter(ctx.saved_tensors), list(ctx.needs_input_grad[:inputs])
         values = tree_unflatten([next(tensors) if leaf is _SAVED else leaf for leaf in ctx.others], ctx.structure)
-        found = registered_gradient(grad, needs, *values)
+        found = registered_backward(grad, needs, *values)
         return *(value if needed else None for value, needed in zip(found, needs, strict=True)), *ctx.rest[inputs:]
 
     registered.register_autograd(gradients, setup_context=setup)

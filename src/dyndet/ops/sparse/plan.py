@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyndet.layout import RowLayout
-from dyndet.ops.sparse.backend import Impl, backend, resolve
+from dyndet.ops.sparse.backend import Impl, resolve
+from dyndet.ops.sparse.operator import operator
 from dyndet.ops.sparse.tables import cached, starts
 
 
@@ -27,9 +30,9 @@ class Plan:
 
     Attributes:
         layout: of the positions.
-        positions: int32 (capacity,), ascending; undefined from the row count on.
-        inverse: int32 (P + 1,), the row of every position, `capacity` where it has none; inverse[P] = capacity.
-        offsets: int32 (S + 1,), first row of every segment; offsets[S] is the row count.
+        positions: int32 (capacity,), see above.
+        inverse: int32 (P + 1,); inverse[P] = capacity.
+        offsets: int32 (S + 1,).
         whole: every position is active, so that rows are the map itself.
         expected: share of active positions that somebody expects, where the host does not know it.
     """
@@ -78,13 +81,17 @@ class Plan:
         """Int32 (1,): the number of rows, on the device."""
         return self.offsets[-1:]
 
-    def reached_levels(self) -> int:
-        """Positions of all levels that have rows, as far as the host knows; P otherwise."""
-        if self.whole or not self.exact or not self.offsets.is_cpu:
-            return self.layout.positions
-        bounds = self.offsets[:: self.layout.batch].tolist()
-        levels = zip(self.layout.levels, bounds, bounds[1:], strict=False)
-        return sum(stop - start for (start, stop), first, last in levels if last > first)
+    def bounds(self) -> list[tuple[int, int]] | None:
+        """First and last + 1 row of every level, where the host knows them without waiting."""
+        if self.whole or not (self.exact and self.offsets.is_cpu):
+            return self.layout.levels if self.whole else None
+        return list(pairwise(self.offsets[:: self.layout.batch].tolist()))
+
+    def positions_reached(self) -> int:
+        """Positions of the levels that have rows, of all as long as the host does not know."""
+        levels = self.layout.levels
+        pairs = zip(levels, self.bounds() or levels, strict=True)
+        return sum(stop - start for (start, stop), (first, last) in pairs if last > first)
 
     def check(self, impl: str) -> None:
         """Raises ValueError where Triton kernels were to run rows of a plan without room for every position."""
@@ -129,7 +136,7 @@ def make_plans(
         expected = [reached(expected, reach) for reach in reaches]
     how = resolve(impl, gate.device)
     exact = how == "torch" and not torch.compiler.is_compiling()
-    tensors = _plan(gate, valid, layout.sizes, list(reaches), how, exact)
+    tensors = _plan(gate, valid, layout.sizes, list(reaches), exact, how)
     plans = []
     for index, share in enumerate(expected):
         trio = tensors[3 * index : 3 * index + 3]
@@ -142,16 +149,18 @@ def reached(density: float | None, reach: int) -> float | None:
     return density if density is None or not reach else 1 - (1 - density) ** (1 + 1.3 * reach)
 
 
-@torch.library.custom_op("dyndet::plan", mutates_args=())
-def _plan(
-    gate: Tensor, valid: Tensor | None, sizes: list[int], reaches: list[int], impl: str, exact: bool
+def _parse(gate: Tensor, valid: Tensor | None, sizes: list[int], reaches: list[int], exact: bool, _: str) -> Any:
+    return gate, valid, RowLayout.from_sizes(sizes, gate.device), reaches, exact
+
+
+def _fake(
+    gate: Tensor, valid: Tensor | None, sizes: list[int], reaches: list[int], exact: bool, _: str
 ) -> list[Tensor]:
-    """Positions, inverse and offsets of every reach; where the host is to know the count, empty ones of whole plans."""
-    return backend(impl).plan(gate, valid, RowLayout.from_sizes(sizes, gate.device), reaches, exact)
-
-
-@_plan.register_fake
-def _(gate: Tensor, valid: Tensor | None, sizes: list[int], reaches: list[int], impl: str, exact: bool) -> list[Tensor]:
     layout = RowLayout.from_sizes(sizes, gate.device)
     lengths = (0, 0, 0) if exact else (layout.positions, layout.positions + 1, layout.segments + 1)
     return [gate.new_empty(length, dtype=torch.int32) for _ in reaches for length in lengths]
+
+
+# Positions, inverse and offsets of every reach; where the host is to know the count, empty ones of whole plans.
+_arguments = "Tensor gate, Tensor? valid, int[] sizes, int[] reaches, bool exact, str impl"
+_plan = operator("plan", _arguments, "Tensor[]", _parse, _fake)

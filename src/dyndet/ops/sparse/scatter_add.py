@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyndet.layout import RowLayout
-from dyndet.ops.sparse.backend import Impl, backend, resolve
-from dyndet.ops.sparse.group_norm import Norm, empty_statistics
+from dyndet.ops.sparse.backend import Impl, resolve
+from dyndet.ops.sparse.group_norm import PLAN_AND_NORM, Norm, fake_norm, parse_norm
 from dyndet.ops.sparse.operator import operator
 from dyndet.ops.sparse.plan import Plan
 
@@ -49,38 +48,22 @@ def scatter_add(
     return _scatter_add(x, scale, shift, gate, residual, plan.tensors, plan.layout.sizes, *rest, relu, how)[0]
 
 
-def _forward(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    gate: Tensor,
-    residual: Tensor | None,
-    plan: list[Tensor],
-    sizes: list[int],
-    groups: int,
-    eps: float,
-    stats: str,
-    relu: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Map rows, normalised rows (nothing where they are rather taken again), mean, 1 / deviation."""
-    active = Plan.of(plan, RowLayout.from_sizes(sizes, x.device))
-    norm = Norm(scale, shift, groups, eps, stats)  # type: ignore[arg-type]
-    return backend(impl).scatter_add(x, norm, gate, residual, active, relu)
+def _parse(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, residual: Tensor | None, *rest: Any) -> Any:
+    return *parse_norm(x, scale, shift, *rest), gate, residual
 
 
 def _fake(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, residual: Tensor | None, *rest: Any) -> Any:
-    _, sizes, groups, _, stats, _, impl = rest
     like = x if residual is None else residual
-    normal = x.new_empty(0) if impl == "triton" else torch.empty_like(x)
-    return like.new_empty(len(gate) + 1, x.shape[1]), normal, *empty_statistics(x, sizes, groups, stats)
+    normal, *statistics = fake_norm(x, scale, shift, *rest)
+    normal = x.new_empty(0) if rest[-1] == "triton" else normal
+    return like.new_empty(len(gate) + 1, x.shape[1]), normal, *statistics
 
 
-def _backward(grad: Tensor, needs: list[bool], outputs: list[Tensor], x: Tensor, *rest: Any) -> tuple[Any, ...]:
-    scale, shift, gate, residual, plan, sizes, groups, eps, stats, relu, impl = rest
-    active = Plan.of(plan, RowLayout.from_sizes(sizes, x.device))
-    norm = Norm(scale, shift, groups, eps, stats)
-    return backend(impl).scatter_add_backward(grad, outputs, x, norm, gate, active, relu, residual is not None)
-
-
-_scatter_add = operator("scatter_add", _forward, _fake, _backward, inputs=5)
+_scatter_add = operator(
+    "scatter_add",
+    f"Tensor x, Tensor scale, Tensor shift, Tensor gate, Tensor? residual, {PLAN_AND_NORM}",
+    "(Tensor, Tensor, Tensor, Tensor)",  # map rows, normalised rows or nothing where they are taken again, statistics
+    _parse,
+    _fake,
+    inputs=5,
+)

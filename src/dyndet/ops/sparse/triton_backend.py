@@ -12,7 +12,9 @@ from torch import Tensor
 
 import dyndet.kernels as kernels  # pyright: ignore[reportMissingImports]  # lies outside src
 from dyndet.layout import RowLayout
-from dyndet.ops.sparse.group_norm import Norm
+from dyndet.ops.sparse.conv import Layer
+from dyndet.ops.sparse.group_norm import RowNorm
+from dyndet.ops.sparse.operator import Gradients
 from dyndet.ops.sparse.plan import Plan
 from dyndet.ops.sparse.tables import neighbours, segment
 
@@ -23,29 +25,24 @@ def plan(gate: Tensor, valid: Tensor | None, layout: RowLayout, reaches: Sequenc
     return [tensor.clone() for trio in found for tensor in trio]  # results of an operator must not overlap
 
 
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source: Plan,
-    target: Plan,
-    impl: str,
-    tf32: bool,
-    norm: Norm | None = None,
-    relu: bool = False,
-) -> Tensor:
-    """See `torch_backend.conv`; `norm` is taken of every position by itself, in the same launch."""
-    where = target.positions, None if source.whole else source.inverse, neighbours(target.layout), target.offsets
+def conv(x: Tensor, layer: Layer) -> Tensor:
+    """See `torch_backend.conv`."""
+    weight, bias, source, target, tf32, _ = layer
     if weight.shape[1] < x.shape[1]:
-        return kernels.depthwise(x, weight, bias, *where)
-    fused = None if norm is None else kernels.PositionNorm(norm.scale, norm.shift, norm.groups, norm.eps, relu)
-    return kernels.conv(x, weight, bias, *where, norm=fused, tf32=tf32, density=target.density)
+        return kernels.depthwise(x, weight, bias, *_where(source, target))
+    return kernels.conv(x, weight, bias, *_where(source, target), tf32=tf32, density=target.density)
 
 
-def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, source: Plan, target: Plan, needs: Sequence[bool], impl: str, tf32: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def conv_norm(x: Tensor, layer: Layer, how: RowNorm) -> Tensor:
+    """`conv` and a norm of every position by itself, in one launch."""
+    weight, bias, source, target, tf32, _ = layer
+    fused = kernels.PositionNorm(how.norm.scale, how.norm.shift, how.norm.groups, how.norm.eps, how.relu)
+    return kernels.conv(x, weight, bias, *_where(source, target), norm=fused, tf32=tf32, density=target.density)
+
+
+def conv_backward(grad: Tensor, needs: Sequence[bool], _: object, x: Tensor, layer: Layer) -> Gradients:
     """See `torch_backend.conv_backward`."""
+    weight, _, source, target, tf32, _ = layer
     layout, run, run_weight = target.layout, kernels.depthwise, kernels.depthwise_weight_grad
     if weight.shape[1] == x.shape[1]:
         run = partial(kernels.conv, tf32=tf32)
@@ -58,10 +55,13 @@ def conv_backward(
     elif needs[0]:
         grad_x = run(grad, weight, None, source.positions, target.inverse, table, source.offsets, transposed=True)
     if needs[1] or needs[2]:
-        where = target.positions, None if source.whole else source.inverse, table, target.offsets
-        grad_weight, grad_bias = run_weight(x, grad, *where)
+        grad_weight, grad_bias = run_weight(x, grad, *_where(source, target))
         grad_bias = grad_bias.clone()  # an operator must not return parts of one buffer
-    return grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None
+    return grad_x, grad_weight, grad_bias
+
+
+def _where(source: Plan, target: Plan) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    return target.positions, None if source.whole else source.inverse, neighbours(target.layout), target.offsets
 
 
 def tile_rows(x: Tensor, weight: Tensor, target: Plan, *, tf32: bool) -> int:
@@ -69,42 +69,39 @@ def tile_rows(x: Tensor, weight: Tensor, target: Plan, *, tf32: bool) -> int:
     return kernels.tile_rows(x, weight, target.layout.positions, target.density, tf32=tf32)
 
 
-def group_norm(x: Tensor, norm: Norm, plan: Plan, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(x: Tensor, how: RowNorm) -> tuple[Tensor, Tensor, Tensor]:
     """See `torch_backend.group_norm`."""
-    scale, shift, groups, eps, stats = norm
-    return kernels.group_norm(x, scale, shift, plan.offsets, groups=groups, eps=eps, stats=stats, relu=relu)
+    scale, shift, groups, eps, stats = how.norm
+    return kernels.group_norm(x, scale, shift, how.plan.offsets, groups=groups, eps=eps, stats=stats, relu=how.relu)
 
 
-def group_norm_backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, norm: Norm, mean: Tensor, rstd: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm_backward(grad: Tensor, _: object, outputs: Sequence[Tensor], x: Tensor, how: RowNorm) -> Gradients:
     """See `torch_backend.group_norm_backward`."""
+    y, *statistics = outputs
     of_x, of_scale, of_shift = kernels.group_norm_backward(
-        grad, x, y, norm.scale, mean, rstd, plan.offsets, stats=norm.stats
+        grad, x, y if how.relu else None, how.norm.scale, *statistics, how.plan.offsets, stats=how.norm.stats
     )
     return of_x, of_scale.clone(), of_shift  # two halves of one buffer
 
 
 def scatter_add(
-    x: Tensor, norm: Norm, gate: Tensor, residual: Tensor | None, plan: Plan, relu: bool
+    x: Tensor, how: RowNorm, gate: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `torch_backend.scatter_add`; the backward direction takes normalised rows again, so there are none."""
-    scale, shift, groups, eps, stats = norm
+    (scale, shift, groups, eps, stats), plan, relu = how
     where, options = (plan.inverse, segment(plan.layout), plan.offsets), {"groups": groups, "eps": eps, "stats": stats}
     y, mean, rstd = kernels.scatter_add(x, scale, shift, gate, residual, *where, **options, relu=relu)
     return y, x.new_empty(0), mean, rstd
 
 
 def scatter_add_backward(
-    grad: Tensor, outputs: Sequence[Tensor], x: Tensor, norm: Norm, gate: Tensor, plan: Plan, relu: bool, residual: bool
-) -> tuple[Tensor | None, ...]:
+    grad: Tensor, _: object, outputs: Sequence[Tensor], x: Tensor, how: RowNorm, gate: Tensor, residual: Tensor | None
+) -> Gradients:
     """See `torch_backend.scatter_add_backward`."""
+    (scale, shift, _, _, stats), plan, relu = how
     y, _, *statistics = outputs
-    scale, shift, _, _, stats = norm
-    where, options = (plan.positions, plan.offsets), {"stats": stats, "residual": residual}
+    where, options = (plan.positions, plan.offsets), {"stats": stats, "residual": residual is not None}
     of_residual, of_x, of_scale, of_shift, of_gate = kernels.scatter_add_backward(
         grad, y if relu else None, x, scale, shift, *statistics, gate, *where, **options
     )
-    if of_residual is grad:
-        of_residual = grad.clone()
-    return of_x, of_scale.clone(), of_shift, of_gate, of_residual
+    return of_x, of_scale.clone(), of_shift, of_gate, grad.clone() if of_residual is grad else of_residual

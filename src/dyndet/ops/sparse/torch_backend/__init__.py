@@ -1,10 +1,10 @@
 """The sparse operations in plain torch, without autograd; `triton_backend` has the same functions.
 
-They take plans as they are; rows of a plan from its count on are neither read nor defined.
+They take plans as they are; rows of a plan from its count on are neither read nor defined. NAME_backward(grad, needs,
+outputs, *arguments of NAME) returns the gradients of its first arguments, see `operator`.
 """
 
 from dyndet.ops.sparse.torch_backend.conv import conv, conv_backward
-from dyndet.ops.sparse.torch_backend.gate_logits import gate_logits, gate_logits_backward
 from dyndet.ops.sparse.torch_backend.group_norm import group_norm, group_norm_backward
 from dyndet.ops.sparse.torch_backend.plan import plan
 from dyndet.ops.sparse.torch_backend.scatter_add import scatter_add, scatter_add_backward
@@ -12,8 +12,6 @@ from dyndet.ops.sparse.torch_backend.scatter_add import scatter_add, scatter_add
 __all__ = [
     "conv",
     "conv_backward",
-    "gate_logits",
-    "gate_logits_backward",
     "group_norm",
     "group_norm_backward",
     "plan",

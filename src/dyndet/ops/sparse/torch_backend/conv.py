@@ -1,7 +1,7 @@
 """3x3 convolution of rows in plain torch: dense maps level by level, or gathered rows chunk by chunk.
 
-Dense: the reference, and the faster way at high density. Levels without rows are left out; where only the device knows
-which these are, none is.
+Dense: the reference, and the faster way at high density. Rows are put on the map and taken from it again; levels
+without rows are left out, where the host knows which these are.
 
 Gathered: nine neighbours per row, then one matrix product per chunk. Rows are cut into chunks, and the gathered patches
 of a chunk fit a workspace that stays in cache and is used again. With nine rows per output, one workspace for all of
@@ -19,88 +19,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyndet.ops.sparse.plan import Plan, whole_plan
+from dyndet.ops.sparse.conv import Layer
+from dyndet.ops.sparse.operator import Gradients
+from dyndet.ops.sparse.plan import Plan
 from dyndet.ops.sparse.tables import neighbours
-from dyndet.ops.sparse.torch_backend.levels import parts
 
 _LEAST_BYTES, _MOST_BYTES = 2 << 20, 8 << 20
 _WEIGHTS = 7  # a workspace has room for as many times the weight
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, source: Plan, target: Plan, impl: str, tf32: bool) -> Tensor:
-    """Rows of a 3x3 convolution, depthwise where the weight has one input channel.
-
-    Args:
-        x: (source capacity + 1, C), the last row zero.
-        weight: (O, C, 3, 3), or (C, 1, 3, 3) with "dense".
-        bias: (O,) or None.
-        source: of `x`.
-        target: of the result.
-        impl: "dense" or "gather".
-        tf32: means nothing here, torch knows its own precision.
-
-    Returns:
-        (target capacity + 1, O), the last row zero.
-    """
-    return (_gather if impl == "gather" else _dense)(x, weight, bias, source, target)
+def conv(x: Tensor, layer: Layer) -> Tensor:
+    """Rows of a 3x3 convolution, "dense" or by "gather", depthwise ones always densely; the last row is zero."""
+    return (_gather if layer.impl == "gather" else _dense)(x, layer)
 
 
-def conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, source: Plan, target: Plan, needs: Sequence[bool], impl: str, tf32: bool
-) -> tuple[Tensor | None, ...]:
-    """Gradients of `conv` for x, weight and bias, each where `needs` asks for it; None otherwise."""
-    run = _gather_backward if impl == "gather" else _dense_backward
-    grad_x, grad_weight = run(grad, x, weight, source, target, needs[0], needs[1])
-    return grad_x, grad_weight, _counted(grad, target).sum(0) if needs[2] else None
+def conv_backward(grad: Tensor, needs: Sequence[bool], _: object, x: Tensor, layer: Layer) -> Gradients:
+    """Gradients of x, weight and bias."""
+    return (_gather_backward if layer.impl == "gather" else _dense_backward)(grad, needs, x, layer)
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, source: Plan, target: Plan) -> Tensor:
-    if not (_readable(source) and _readable(target)):
-        everything = whole_plan(target.layout)
-        return _select(_dense(_expand(x, source), weight, bias, everything, everything), target)
-    out = x.new_empty(target.capacity + 1, len(weight))
-    out[-1] = 0
-    for given, wanted in zip(parts(source), parts(target), strict=True):
-        if not wanted.empty:
-            groups = x.shape[1] // weight.shape[1]
-            wanted.collect(F.conv2d(given.spread(x), weight, bias, padding=1, groups=groups), out)
-    return out
+def _dense(x: Tensor, layer: Layer) -> Tensor:
+    weight, bias, source, target, *_ = layer
+    layout, groups, rows = target.layout, x.shape[1] // weight.shape[1], []
+    bounds = target.bounds()
+    for level, (start, stop), (first, last) in zip(
+        layout.maps(_expand(x, source)), layout.levels, bounds or layout.levels, strict=True
+    ):
+        if last > first:
+            computed = F.conv2d(level, weight, bias, padding=1, groups=groups).permute(0, 2, 3, 1).flatten(0, 2)
+            partial = last - first < stop - start
+            rows.append(computed[target.positions[first:last].long() - start] if partial else computed)
+    found = torch.cat([*rows, x.new_zeros(1, len(weight))])
+    return found if bounds else _select(found, target)
 
 
-def _dense_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, source: Plan, target: Plan, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    if not (_readable(source) and _readable(target)):
-        every = whole_plan(target.layout)
-        grad, x = _expand(grad, target), _expand(x, source)
-        of_x, of_weight = _dense_backward(grad, x, weight, every, every, needs_x, needs_weight)
-        return None if of_x is None else _select(of_x, source), of_weight
-    groups = x.shape[1] // weight.shape[1]
-    grad_x = torch.empty_like(x) if needs_x else None
-    grad_weight: Tensor | None = None
-    for given, wanted in zip(parts(source), parts(target), strict=True):
-        if wanted.empty:
-            if grad_x is not None:
-                grad_x[given.rows] = 0
+def _dense_backward(grad: Tensor, needs: Sequence[bool], x: Tensor, layer: Layer) -> Gradients:
+    weight, _, source, target, *_ = layer
+    layout, groups = target.layout, x.shape[1] // weight.shape[1]
+    grads, levels = layout.maps(_expand(grad, target)), layout.maps(_expand(x, source))
+    of_x, of_weight, of_bias = [], torch.zeros_like(weight), weight.new_zeros(len(weight))
+    for part, level, (first, last) in zip(grads, levels, target.bounds() or layout.levels, strict=True):
+        if first == last:
+            of_x.append(torch.zeros_like(level))
             continue
-        of_map, of_weight, _ = torch.ops.aten.convolution_backward(
-            wanted.spread(grad), given.spread(x), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups,
-            [needs_x, needs_weight, False],
-        )  # fmt: skip
-        if grad_x is not None:
-            given.collect(of_map, grad_x)
-        if needs_weight:
-            grad_weight = of_weight if grad_weight is None else grad_weight.add_(of_weight)
-    if grad_x is not None:
-        grad_x[-1] = 0
-    if needs_weight and grad_weight is None:
-        grad_weight = torch.zeros_like(weight)
-    return grad_x, grad_weight
-
-
-def _readable(plan: Plan) -> bool:
-    """Whether its rows may be counted level by level: a GPU that counts them itself must not be waited for."""
-    return plan.exact or not plan.positions.is_cuda
+        of_level, *of_parameters = torch.ops.aten.convolution_backward(
+            part, level, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], groups, needs
+        )
+        of_x.append(of_level)
+        of_weight = of_weight + of_parameters[0] if needs[1] else of_weight
+        of_bias = of_bias + of_parameters[1] if needs[2] else of_bias
+    return _select(layout.rows(of_x), source) if needs[0] else None, of_weight, of_bias
 
 
 def _expand(rows: Tensor, plan: Plan) -> Tensor:
@@ -108,9 +76,7 @@ def _expand(rows: Tensor, plan: Plan) -> Tensor:
     if plan.whole:
         return rows
     out = rows.new_zeros(plan.layout.positions + 1, rows.shape[1])
-    out.index_copy_(0, _places(plan), rows[:-1])
-    out[-1] = 0  # where spare rows went
-    return out
+    return out.index_copy_(0, _places(plan), rows[:-1])
 
 
 def _select(rows: Tensor, plan: Plan) -> Tensor:
@@ -124,52 +90,40 @@ def _places(plan: Plan) -> Tensor:
     return torch.where(index < plan.count, plan.positions, plan.layout.positions).long()
 
 
-def _counted(rows: Tensor, plan: Plan) -> Tensor:
-    """(capacity + 1, C) -> what is defined of them, spare rows zero where the host must not wait for their number."""
-    if _readable(plan):
-        return rows[: plan.rows]
-    return torch.where((_places(plan) < plan.layout.positions)[:, None], rows[:-1], 0)
-
-
-def _gather(x: Tensor, weight: Tensor, bias: Tensor | None, source: Plan, target: Plan) -> Tensor:
-    out = x.new_empty(target.capacity + 1, len(weight))
+def _gather(x: Tensor, layer: Layer) -> Tensor:
+    out = x.new_empty(layer.target.capacity + 1, len(layer.weight))
     out[-1] = 0
-    kernel = _matrix(weight).t()
-    for start, stop, _, patches in _patches(x, source, target, weight, x.dtype):
-        if bias is None:
+    kernel = _matrix(layer.weight).t()
+    for start, stop, _, patches in _patches(x, layer, x.dtype):
+        if layer.bias is None:
             torch.mm(patches, kernel, out=out[start:stop])
         else:
-            torch.addmm(bias, patches, kernel, out=out[start:stop])
+            torch.addmm(layer.bias, patches, kernel, out=out[start:stop])
     return out
 
 
-def _gather_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, source: Plan, target: Plan, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _gather_backward(grad: Tensor, needs: Sequence[bool], x: Tensor, layer: Layer) -> Gradients:
     """Sums are taken in float32 where the features are of half precision."""
-    out_channels, channels = weight.shape[:2]
+    out_channels, channels = layer.weight.shape[:2]
     sums = torch.promote_types(x.dtype, torch.float32)
-    grad_x = torch.zeros_like(x, dtype=sums) if needs_x else None
-    grad_kernel = weight.new_zeros(out_channels, 9 * channels, dtype=sums) if needs_weight else None
-    kernel = _matrix(weight)
+    grad_x = torch.zeros_like(x, dtype=sums) if needs[0] else None
+    grad_kernel = x.new_zeros(out_channels, 9 * channels, dtype=sums)
+    kernel = _matrix(layer.weight)
     products: Tensor | None = None
-    for start, stop, index, patches in _patches(x, source, target, weight, sums):
+    for start, stop, index, patches in _patches(x, layer, sums):
         part = grad[start:stop]
-        if grad_kernel is not None:
-            if sums == x.dtype:
-                grad_kernel.addmm_(part.t(), patches)
-            else:
-                grad_kernel += part.t() @ patches
+        if needs[1] and sums == x.dtype:
+            grad_kernel.addmm_(part.t(), patches)
+        elif needs[1]:
+            grad_kernel += part.t() @ patches
         if grad_x is not None:
             products = torch.empty_like(patches) if products is None else products  # the first chunk is the largest
             rows = torch.mm(part, kernel, out=products[: stop - start]).view(-1, channels).to(sums)
             grad_x.scatter_add_(0, index.view(-1, 1).expand_as(rows), rows)  # in parallel
     if grad_x is not None:
         grad_x[-1] = 0  # collected what fell outside
-        grad_x = grad_x.to(x.dtype)
-    if grad_kernel is not None:
-        grad_kernel = grad_kernel.view(out_channels, 3, 3, channels).permute(0, 3, 1, 2).to(weight.dtype)
-    return grad_x, grad_kernel
+    grad_weight = grad_kernel.view(out_channels, 3, 3, channels).permute(0, 3, 1, 2)
+    return grad_x, grad_weight, grad[: layer.target.rows].sum(0)
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -177,12 +131,11 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
-def _patches(
-    x: Tensor, source: Plan, target: Plan, weight: Tensor, sums: torch.dtype
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _patches(x: Tensor, layer: Layer, sums: torch.dtype) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Chunk by chunk: first and last + 1 row, the source rows that they read (int64, 9 n) and these as patches
     (n, 9 C), no more than fit when cast to `sums`.
     """
+    weight, _, source, target, *_ = layer
     count = target.rows
     index = neighbours(target.layout).index_select(0, target.positions[:count]).view(-1)
     if not source.whole:

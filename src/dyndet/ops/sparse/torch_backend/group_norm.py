@@ -7,47 +7,53 @@ is a segment of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
 
-from dyndet.ops.sparse.group_norm import Norm, empty_statistics
+from dyndet.ops.sparse.group_norm import Norm, RowNorm, empty_statistics
+from dyndet.ops.sparse.operator import Gradients
 from dyndet.ops.sparse.plan import Plan
 
 Run = tuple[slice, slice, int]
 """Neighbouring segments of equal length, their rows, and how many segments they are."""
 
 
-def group_norm(x: Tensor, norm: Norm, plan: Plan, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(x: Tensor, how: RowNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises rows.
-
-    Args:
-        x: (capacity + 1, C).
-        norm: of the rows.
-        plan: of the rows.
-        relu: clips the result at 0.
 
     Returns:
         (capacity + 1, C) with a last row of zeros, and mean and 1 / deviation, at least float32: (S, groups), zero
         where a segment has no rows, or by position (capacity, groups).
     """
+    norm, plan, relu = how
     out = torch.empty_like(x)
     out[-1] = 0
-    mean, rstd = (value.zero_() for value in empty_statistics(x, plan.layout.sizes, norm.groups, norm.stats))
-    runs = _runs(plan, norm)
-    _normalise(x, out, norm, mean, rstd, runs, relu, pivoted=False)
-    if _far(mean, rstd):
-        _normalise(x, out, norm, mean, rstd, runs, relu, pivoted=True)
+    mean, rstd = (value.zero_() for value in empty_statistics(x, plan.layout, norm.groups, norm.stats))
+    affine, runs = _affine(x, norm), _runs(plan, norm)
+    for pivoted in (False, True):
+        for segments, rows, number in runs:
+            values, pivot = _pivoted(x[rows], number, norm.groups) if pivoted else (x[rows], 0)
+            size = number, x.shape[1], (rows.stop - rows.start) // number, norm.groups
+            y, centre, rstd[segments] = torch.native_group_norm(_maps(values, number), *affine, *size, norm.eps)
+            mean[segments] = centre + pivot
+            if relu and y.dtype == out.dtype:
+                torch.clamp_min(_rows(y), 0, out=out[rows])  # in one pass
+            else:
+                out[rows] = _rows(y).relu_() if relu else _rows(y)
+        if not _far(mean, rstd):
+            break
     return out, mean, rstd
 
 
-def group_norm_backward(
-    grad: Tensor, x: Tensor, y: Tensor | None, norm: Norm, mean: Tensor, rstd: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `group_norm` for x, scale and shift; `y` is its result where it was clipped at 0."""
+def group_norm_backward(grad: Tensor, _: object, outputs: Sequence[Tensor], x: Tensor, how: RowNorm) -> Gradients:
+    """Gradients of x, scale and shift."""
+    norm, plan, relu = how
+    y, mean, rstd = outputs
     runs, pivoted = _runs(plan, norm), _far(mean, rstd)
-    if y is not None:
+    if relu:
         grad = torch.ops.aten.threshold_backward(grad[: plan.rows], y[: plan.rows], 0)
     grad_x = torch.empty_like(x)
     grad_x[-1] = 0
@@ -55,32 +61,16 @@ def group_norm_backward(
     mean, rstd = mean.to(scale.dtype), rstd.to(scale.dtype)
     of_scale, of_shift = torch.zeros_like(scale), torch.zeros_like(scale)
     for segments, rows, number in runs:
-        values, pivot = _pivoted(x[rows], number, norm.groups) if pivoted else (x[rows], None)
-        centre = mean[segments] if pivot is None else mean[segments] - pivot
+        values, pivot = _pivoted(x[rows], number, norm.groups) if pivoted else (x[rows], 0)
         size = number, x.shape[1], (rows.stop - rows.start) // number, norm.groups
+        statistics = mean[segments] - pivot, rstd[segments]
         of_x, *of_affine = torch.ops.aten.native_group_norm_backward(
-            _maps(grad[rows], number), _maps(values, number), centre, rstd[segments], scale, *size, [True] * 3
+            _maps(grad[rows], number), _maps(values, number), *statistics, scale, *size, [True] * 3
         )
         grad_x[rows] = _rows(of_x)
         of_scale += of_affine[0]
         of_shift += of_affine[1]
     return grad_x, of_scale, of_shift
-
-
-def _normalise(
-    x: Tensor, out: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, runs: list[Run], relu: bool, *, pivoted: bool
-) -> None:
-    """Writes the normalised rows, mean and 1 / deviation of every segment that has rows."""
-    affine = _affine(x, norm)
-    for segments, rows, number in runs:
-        values, pivot = _pivoted(x[rows], number, norm.groups) if pivoted else (x[rows], None)
-        size = number, x.shape[1], (rows.stop - rows.start) // number, norm.groups
-        y, centre, rstd[segments] = torch.native_group_norm(_maps(values, number), *affine, *size, norm.eps)
-        mean[segments] = centre if pivot is None else centre + pivot
-        if relu and y.dtype == out.dtype:
-            torch.clamp_min(_rows(y), 0, out=out[rows])  # in one pass
-        else:
-            out[rows] = _rows(y).relu_() if relu else _rows(y)
 
 
 def _runs(plan: Plan, norm: Norm) -> list[Run]:

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dyndet.ops.sparse.group_norm import Norm
-from dyndet.ops.sparse.plan import Plan
+from dyndet.ops.sparse.group_norm import RowNorm
+from dyndet.ops.sparse.operator import Gradients
 from dyndet.ops.sparse.torch_backend.group_norm import group_norm, group_norm_backward
 
 
 def scatter_add(
-    x: Tensor, norm: Norm, gate: Tensor, residual: Tensor | None, plan: Plan, relu: bool
+    x: Tensor, how: RowNorm, gate: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `dyndet.ops.sparse.scatter_add`; rows of the map, the normalised rows, mean and 1 / deviation."""
-    normal, mean, rstd = group_norm(x, norm, plan, relu=False)
+    plan, relu = how.plan, how.relu
+    normal, mean, rstd = group_norm(x, how._replace(relu=False))
     like = x if residual is None else residual
     y = like.new_empty(len(gate) + 1, x.shape[1])
     if plan.whole:  # one pass, no indices
@@ -40,19 +41,21 @@ def scatter_add(
 
 
 def scatter_add_backward(
-    grad: Tensor, outputs: Sequence[Tensor], x: Tensor, norm: Norm, gate: Tensor, plan: Plan, relu: bool, residual: bool
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, scale, shift, gate and the residual, from the `outputs` of `scatter_add`."""
-    y, normal, mean, rstd = outputs
-    if relu:
+    grad: Tensor, _: object, outputs: Sequence[Tensor], x: Tensor, how: RowNorm, gate: Tensor, residual: Tensor | None
+) -> Gradients:
+    """Gradients of x, scale, shift, gate and the residual."""
+    plan = how.plan
+    y, normal, *_ = outputs
+    if how.relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    elif residual:
+    elif residual is not None:
         grad = grad.clone()  # an operator must not return what it was given
     active = None if plan.whole else plan.positions[: plan.rows].long()
     part = (grad[:-1] if active is None else grad.index_select(0, active)).to(x.dtype)
     opened = gate if active is None else gate.index_select(0, active)
-    grads = group_norm_backward(part * opened[:, None].to(x.dtype), x, None, norm, mean, rstd, plan)
+    of_rows = part * opened[:, None].to(x.dtype)
+    grads = group_norm_backward(of_rows, _, outputs[1:], x, how._replace(relu=False))
     grad_gate = (part * normal[: len(part)]).sum(1).to(gate.dtype)
     if active is not None:
         grad_gate = torch.zeros_like(gate).index_copy_(0, active, grad_gate)
-    return *grads, grad_gate, grad if residual else None
+    return *grads, grad_gate, grad
