@@ -26,7 +26,7 @@ class OpenBlobs:
         key = layout.shapes, layout.batch
         if key not in self.forced:
             maps = masks("blob", self.density, layout.shapes, layout.batch)
-            self.forced[key] = ForcedGates(layout.flat(maps)[0])
+            self.forced[key] = ForcedGates(torch.cat([mask.flatten() for mask in maps]))  # of any checkout's layout
         return self.forced[key](logits, layout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -46,6 +47,7 @@ _CROSSOVER = {
 _OTHERWISE = {0: 0.45}
 
 
+@cache
 def backend(impl: str) -> ModuleType:
     """The module that executes: `triton_backend` for "triton", else `torch_backend`. Both have the same functions."""
     return import_module(f"dyndet.ops.sparse.{'triton' if impl == 'triton' else 'torch'}_backend")

@@ -16,6 +16,7 @@ Function = Callable[..., Any]
 Gradients = tuple[Tensor | None, ...]
 """What a back end's NAME_backward returns, see `operator`."""
 
+_LIBRARY = torch.library.Library("dyndet", "DEF")
 _SAVED = object()  # stands for a tensor
 
 
@@ -36,9 +37,7 @@ def operator(name: str, arguments: str, outputs: str, parse: Function, fake: Fun
     def run(*values: Any) -> Any:
         return getattr(backend(values[-1]), name)(*parse(*values))
 
-    schema = f"({arguments}) -> {outputs}"
-    registered = torch.library.custom_op(f"dyndet::{name}", run, mutates_args=(), schema=schema)
-    registered.register_fake(fake)
+    registered = _register(name, f"({arguments}) -> {outputs}", run, fake)
     if not inputs:
         return registered
 
@@ -55,10 +54,7 @@ def operator(name: str, arguments: str, outputs: str, parse: Function, fake: Fun
         return [value.new_empty(value.shape) if needed else grad.new_empty(0) for value, needed in pairs]
 
     schema = f"(Tensor grad, bool[] needs, Tensor[] outputs, {arguments}) -> Tensor[]"
-    registered_backward = torch.library.custom_op(
-        f"dyndet::{name}_backward", run_backward, mutates_args=(), schema=schema
-    )
-    registered_backward.register_fake(fake_backward)
+    registered_backward = _register(f"{name}_backward", schema, run_backward, fake_backward)
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         outputs = [output] if isinstance(output, Tensor) else list(output)
@@ -75,5 +71,13 @@ def operator(name: str, arguments: str, outputs: str, parse: Function, fake: Fun
         found = registered_backward(grad, needs, *values)
         return *(value if needed else None for value, needed in zip(found, needs, strict=True)), *ctx.rest[inputs:]
 
-    registered.register_autograd(gradients, setup_context=setup)
+    torch.library.register_autograd(f"dyndet::{name}", gradients, setup_context=setup, lib=_LIBRARY)
     return registered
+
+
+def _register(name: str, schema: str, run: Function, fake: Function) -> Function:
+    """Not `torch.library.custom_op`, whose checks cost as much as a small operation: results that alias are tested."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dyndet::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.dyndet, name).default

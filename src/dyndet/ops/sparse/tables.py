@@ -23,14 +23,16 @@ def cached(build: Callable[Arguments, Tables]) -> Callable[Arguments, Tables]:
     What export and compilation make belongs to theirs, and in export it holds no values. What validation asks for first
     must serve training as well, which tensors of inference mode could not.
     """
-    kept = lru_cache(maxsize=16)(build)
+
+    @lru_cache(maxsize=16)
+    def kept(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tables:
+        with torch.inference_mode(False):
+            return build(*args, **kwargs)
 
     @wraps(build)
     def tables(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tables:
-        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
-            return build(*args, **kwargs)
-        with torch.inference_mode(False):
-            return kept(*args, **kwargs)
+        fresh = torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor
+        return (build if fresh else kept)(*args, **kwargs)
 
     return tables
 
