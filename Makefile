@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then uv venv --quiet --allow-existing --python $(PYTHON) .venv; \
 	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; fi
 	@uv=$$(command -v uv || echo $(BIN)/uv); \
-	$$uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$$uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
 
 train: $(READY)  ## train the dynamic detector on generated shapes (ARGS="key=value ..." overrides)
