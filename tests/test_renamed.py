@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 
 import dyndet
 from dyndet import build_detector
+from dyndet.checkpoints.read import read_checkpoint
 from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.cli.config_source import DyndetConfigSource
 from dyndet.cli.renamed import RENAMED
@@ -67,8 +69,9 @@ def test_what_replaces_an_option_composes() -> None:
 def test_keys_and_modules_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RENAMED, "head.layers", "head.depth")
     monkeypatch.setitem(RENAMED, "dyndet.models.old_heads", "dyndet.models.heads")
-    with pytest.raises(UserError, match=r"the key 'head\.layers' is now 'head\.depth'"):
-        compose_command("train", ["head.layers=3"])
+    for old, new in (("head.layers", "head.depth"), ("preprocess.divisor", "preprocess.pad_multiple")):
+        with pytest.raises(UserError, match=re.escape(f"the key '{old}' is now '{new}'")):
+            compose_command("train", [f"{old}=3"])
     old, new = (f"dyndet.models.{heads}.plain.PlainHead" for heads in ("old_heads", "heads"))
     with pytest.raises(UserError, match=f"{old} is now {new}"):
         build(OmegaConf.create({"part": {"_target_": old}}))
@@ -78,13 +81,20 @@ def test_a_file_that_names_old_places_loads(tmp_path: Path) -> None:
     """Every part has lain where the table says; the weights are the same."""
     detector = build_detector("shapes_dy_yolo")
     config = OmegaConf.to_container(compose_experiment("shapes_dy_yolo"))
-    back = {new: old for old, new in RENAMED.items() if "=" not in old}
-    text = json.dumps(config)
+    back = {new: old for old, new in RENAMED.items() if "=" not in old and old.startswith("dyndet.")}
+    text = (
+        json.dumps(config)
+        .replace('"pad_multiple":', '"divisor":')
+        .replace("{preprocess.pad_multiple}", "{preprocess.divisor}")
+    )
     for new in sorted(back, key=len, reverse=True):
         text = text.replace(f'"_target_": "{new}', f'"_target_": "{back[new]}')
-    assert text != json.dumps(config) and "dyndet.models.cascade.links" in text and "assemble_cascade" in text
+    assert "dyndet.models.cascade.links" in text and "assemble_cascade" in text
+    assert '"divisor": "${preprocess.divisor}"' in text and "pad_multiple" not in text
     weights = {f"detector.{name}": value for name, value in detector.state_dict().items()}
     content = {"state_dict": weights, "dyndet": {"config": json.loads(text), "categories": []}}
     torch.save(content, tmp_path / "old.ckpt")
     loaded = dyndet.load_detector(tmp_path / "old.ckpt")
     assert all(torch.equal(value, weights[f"detector.{name}"]) for name, value in loaded.state_dict().items())
+    stored = read_checkpoint(tmp_path / "old.ckpt").config
+    assert stored.data.module.pad_multiple == stored.preprocess.pad_multiple == 32

@@ -34,7 +34,7 @@ def predict(config: DictConfig) -> Path:
     device = device_of(config.device)
     detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse).to(device)
     transform = Compose([build(item) for item in saved.config.data.module.val_transform])
-    collate = Collate(detector.preprocess.divisor)
+    collate = Collate(detector.preprocess.pad_multiple)
     static, meter = StaticCosts(detector), ComputeMeter(strides=detector.strides)
     names = [category.name for category in saved.categories]
     folder = Path(config.out)

@@ -115,8 +115,8 @@ class ImageBatch:
     offsets: Tensor | None = None
 
     @classmethod
-    def of(cls, images: ImageBatch | Tensor | Sequence[Tensor], divisor: int = 1) -> ImageBatch:
-        """From a (B, 3, H, W) tensor, or from (3, H, W) tensors that are padded to a multiple of `divisor`.
+    def of(cls, images: ImageBatch | Tensor | Sequence[Tensor], pad_multiple: int = 1) -> ImageBatch:
+        """From a (B, 3, H, W) tensor, or from (3, H, W) tensors that are padded to a multiple of `pad_multiple`.
 
         Raises:
             ValueError: if the tensors are not three-channel images.
@@ -132,7 +132,7 @@ class ImageBatch:
             if image.ndim != 3 or image.shape[0] != 3:
                 raise ValueError(f"each image must be (3, H, W), got {tuple(image.shape)}")
         sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64)
-        height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(0))
+        height, width = (-(-int(side) // pad_multiple) * pad_multiple for side in sizes.amax(0))
         pixels = images[0].new_zeros(len(images), 3, height, width)
         for slot, image in zip(pixels, images, strict=True):
             slot[:, : image.shape[1], : image.shape[2]] = image

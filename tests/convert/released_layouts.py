@@ -314,12 +314,12 @@ TORCHVISION = {
     "preprocess.bgr": False,
     "preprocess.mean": [123.675, 116.28, 103.53],
     "preprocess.std": [58.395, 57.12, 57.375],
-    "preprocess.divisor": 32,
+    "preprocess.pad_multiple": 32,
 }
 TV_RESNET = {**TORCHVISION, "backbone.stride_in_1x1": False}
 CVPODS = {
     **MSRA,
-    "preprocess.divisor": 32,
+    "preprocess.pad_multiple": 32,
     "neck.extra_source": "C5",
     "neck.relu_before_extra": True,
     "predictor.ignore_padding": False,
@@ -392,12 +392,12 @@ RELEASES: dict[str, Release] = {
     "mmdet dyhead reproduction": Release(
         (openmmlab_resnet, _mm(C3, (256, 256), "neck.0"), openmmlab_dyhead, lambda: openmmlab_points("atss", 1)),
         "dyhead_atss_r50_reproduction",
-        {**MSRA, "preprocess.divisor": 128, "predictor.center_offset": 0.5, "head.high_offset": "prefix"},
+        {**MSRA, "preprocess.pad_multiple": 128, "predictor.center_offset": 0.5, "head.high_offset": "prefix"},
     ),
     "mmdet dyhead swin-l": Release(
         (swin_large, _mm(SWIN_L, (256, 256), "neck.0"), openmmlab_dyhead, lambda: openmmlab_points("atss", 1)),
         "dyhead_atss_swinl",
-        {**TORCHVISION, "preprocess.divisor": 128, "predictor.center_offset": 0.5, "head.high_offset": "prefix"},
+        {**TORCHVISION, "preprocess.pad_multiple": 128, "predictor.center_offset": 0.5, "head.high_offset": "prefix"},
     ),
     "mmdet faster_rcnn_r50": Release(
         (openmmlab_resnet, _mm(C2, ()), openmmlab_two_stage),
@@ -435,7 +435,7 @@ RELEASES: dict[str, Release] = {
         "dyhead_atss_r50_official",
         {
             **MSRA,
-            "preprocess.divisor": 128,
+            "preprocess.pad_multiple": 128,
             "predictor.center_offset": 0.5,
             "head.high_offset": "prefix",
             "neck.relu_before_extra": True,
@@ -447,7 +447,7 @@ RELEASES: dict[str, Release] = {
         "dyhead_retinanet_r50",
         {
             **MSRA,
-            "preprocess.divisor": 128,
+            "preprocess.pad_multiple": 128,
             "neck.extra_source": "P5",
             "head.attention.high_offset": "prefix",
             "predictor.anchors.order": "ratio",
@@ -456,17 +456,17 @@ RELEASES: dict[str, Release] = {
     "authors dyhead swin-t": Release(
         (swin_tiny, _d2(WRAPPED, SWIN_T, (256, 256)), authors_dyhead, authors_atss),
         "dyhead_atss_swint",
-        {**TORCHVISION, "preprocess.divisor": 128, "predictor.center_offset": 0.5, "head.high_offset": "prefix"},
+        {**TORCHVISION, "preprocess.pad_multiple": 128, "predictor.center_offset": 0.5, "head.high_offset": "prefix"},
     ),
     "authors dyhead faster_rcnn": Release(
         (_body(WRAPPED), _d2(WRAPPED, C2, (), 2), authors_dyhead, detectron_two_stage),
         "dyhead_faster_rcnn_r50",
-        {**MSRA, "preprocess.divisor": 64, "head.high_offset": "prefix", "predictor.rpn.ignore_padding": False},
+        {**MSRA, "preprocess.pad_multiple": 64, "head.high_offset": "prefix", "predictor.rpn.ignore_padding": False},
     ),
     "detectron2 faster_rcnn": Release(
         (_body(BARE), _d2(BARE, C2, (), 2), detectron_two_stage),
         "faster_rcnn_r50",
-        {**MSRA, "preprocess.divisor": 32, "predictor.rpn.ignore_padding": False},
+        {**MSRA, "preprocess.pad_multiple": 32, "predictor.rpn.ignore_padding": False},
     ),
     "detectron2 retinanet": Release(
         (_body(BARE), _d2(BARE, C3, (2048, 256)), detectron_retina),

@@ -115,7 +115,7 @@ def test_every_tensor_arrives(name: str) -> None:
 
 def test_configurations() -> None:
     def settings(name: str) -> list[object]:
-        keys = ("detector.first_link", "detector.cross", "preprocess.divisor")
+        keys = ("detector.first_link", "detector.cross", "preprocess.pad_multiple")
         return [OmegaConf.select(converted(name).config, key) for key in keys]
 
     assert settings("dy_yolov7") == [0, None, 32] and settings("dy_yolov7w6") == [1, None, 64]

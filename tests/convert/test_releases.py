@@ -228,7 +228,7 @@ def test_pixels_follow_the_configuration_in_the_file(meta: dict[str, str], tmp_p
     config = read_release(file).config
     assert [round(255 * value, 3) for value in config.preprocess.mean] == [103.53, 116.28, 123.675]
     assert [round(255 * value, 6) for value in config.preprocess.std] == [1, 1, 1]
-    assert config.preprocess.bgr and config.preprocess.divisor == 64 and config.backbone.stride_in_1x1
+    assert config.preprocess.bgr and config.preprocess.pad_multiple == 64 and config.backbone.stride_in_1x1
 
 
 def test_other_classes(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def read(module: object, path: str) -> Any:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset(name: str) -> None:
-    config = compose_experiment(None, [f"predictor={name}", "preprocess.divisor=128"])
+    config = compose_experiment(None, [f"predictor={name}", "preprocess.pad_multiple=128"])
     predictor = build(config.predictor)(channels=8, strides=[8, 16, 32])
     found = {key: read(predictor, FIELDS[key]) for key in PRESETS[name]}
     assert found == PRESETS[name]

@@ -24,12 +24,12 @@ def test_padding_takes_the_mean_colour_or_a_grey() -> None:
     [((480, 640), (512, 672)), ((427, 640), (448, 672)), ((360, 640), (384, 672)), ((640, 640), (672, 672))],
 )
 def test_the_published_canvases(size: tuple[int, int], canvas: tuple[int, int]) -> None:
-    placed = Preprocess(divisor=32, centred=True).eval().place(ImageBatch.of(torch.zeros(1, 3, *size)))
+    placed = Preprocess(pad_multiple=32, centred=True).eval().place(ImageBatch.of(torch.zeros(1, 3, *size)))
     assert tuple(placed.pixels.shape[-2:]) == canvas
 
 
 def test_images_lie_in_the_middle() -> None:
-    preprocess = Preprocess(mean=(0, 0, 0), std=(1, 1, 1), divisor=32, fill=114 / 255, centred=True).eval()
+    preprocess = Preprocess(mean=(0, 0, 0), std=(1, 1, 1), pad_multiple=32, fill=114 / 255, centred=True).eval()
     images = ImageBatch.of([torch.ones(3, 64, 33), torch.ones(3, 40, 64)], 32)
     placed = preprocess.place(images)
     assert placed.offsets is not None and placed.offsets.tolist() == [[16, 31], [28, 16]]  # 96 x 96

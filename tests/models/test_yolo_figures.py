@@ -218,7 +218,7 @@ def test_the_neck_on_another_backbone() -> None:
 def test_a_divisor_below_the_stride_is_refused() -> None:
     parts = ["preprocess=yolo", "backbone=yolov7w6", "neck=yolov7w6", "head=none", "predictor=yolo_p6"]
     with torch.device("meta"):
-        with pytest.raises(UserError, match=r"preprocess\.divisor=32.*set preprocess\.divisor=64"):
+        with pytest.raises(UserError, match=r"preprocess\.pad_multiple=32.*set preprocess\.pad_multiple=64"):
             build_detector(None, parts)
         assert build_detector(None, [*parts, "preprocess.divisor=128"]).size_divisor == 64
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, Node
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
@@ -51,10 +52,9 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", trust: bool = False)
     content = _content(Path(path), key)
     extra = content["dyndet"]
     try:
-        config = DictConfig(extra["config"])
+        config = DictConfig(_modernised(extra["config"]))
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{path} holds a damaged configuration: {reason(error)}") from error
-    _modernise(config)
     if trust is not True:  # trust=no is a word, and true
         check_stored(config, source=path)
     prefix = "detector."
@@ -67,17 +67,21 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", trust: bool = False)
     )
 
 
-def _modernise(node: Any) -> None:
-    """Parts that lie elsewhere since the file was written are called by their names of today."""
-    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
-        value = node._get_node(key)
-        if isinstance(value, DictConfig | ListConfig):
-            if not (value._is_none() or value._is_missing() or value._is_interpolation()):
-                _modernise(value)
-        elif key == "_target_" and isinstance(value, Node):
-            now = replacement(str(value._value()))
-            if now is not None:
-                node[key] = now
+def _modernised(node: Any) -> Any:
+    """Plain containers in which parts and keys that were called otherwise once have their names of today."""
+    if isinstance(node, list):
+        return [_modernised(item) for item in node]
+    if isinstance(node, str):
+        return re.sub(r"(?<=\$\{)[\w.]+(?=\})", lambda link: replacement(link[0]) or link[0], node)
+    if not isinstance(node, dict):
+        return node
+    target, result = node.get("_target_"), {}
+    for key, value in node.items():
+        argument = replacement(f"{target}.{key}") if isinstance(target, str) else None
+        result[argument.rpartition(".")[2] if argument else key] = _modernised(value)
+    if isinstance(target, str):
+        result["_target_"] = replacement(target) or target
+    return result
 
 
 def write_calibration(path: str | Path, calibration: dict[str, Any], out: str | Path | None = None) -> Path:
@@ -118,20 +122,20 @@ def resume_path(config: DictConfig) -> str | None:
     Raises:
         UserError: if there is nothing to resume from, or the file is no checkpoint.
     """
-    wanted = config.ckpt_path
-    if wanted is None:
+    path = config.ckpt_path
+    if path is None:
         return None
-    if wanted == "last":
+    if path == "last":
         name = f"{config.name}{config.step}"
         run = latest_run(name)
         if run is None:
             raise UserError(f"ckpt_path=last: no run of {name!r} has a checkpoint under {Path('outputs').resolve()}")
-        wanted = run / "checkpoints" / "last.ckpt"
-    if not Path(wanted).is_file():
-        raise UserError(f"ckpt_path={wanted}: no such file; give a checkpoint or 'last'")
-    if "optimizer_states" not in _content(Path(wanted), "ckpt_path"):
-        raise UserError(f"ckpt_path={wanted} holds no run to go on with: init={wanted} starts one from its weights")
-    return str(wanted)
+        path = run / "checkpoints" / "last.ckpt"
+    if not Path(path).is_file():
+        raise UserError(f"ckpt_path={path}: no such file; give a checkpoint or 'last'")
+    if "optimizer_states" not in _content(Path(path), "ckpt_path"):
+        raise UserError(f"ckpt_path={path} holds no run to go on with: init={path} starts one from its weights")
+    return str(path)
 
 
 def check_resumable(path: str, module: nn.Module) -> None:

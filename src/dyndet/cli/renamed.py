@@ -39,7 +39,8 @@ RENAMED: dict[str, str] = {
         "+experiment=atss_r50 head=dyhead_fine_grained head.towers.depth=4 budget.weight=0.1"
     ),
     "experiment=retinanet_swint_dyn": (
-        "+experiment=retinanet_r50_dyn preprocess.divisor=128 backbone=swin_tiny backbone.norm=train optim=adamw_1x"
+        "+experiment=retinanet_r50_dyn preprocess.pad_multiple=128 backbone=swin_tiny backbone.norm=train "
+        "optim=adamw_1x"
     ),
     "experiment=bccd_plain": "+experiment=bccd_static head=plain_small",
     "experiment=bccd_coarse": "+experiment=bccd_dyn head.coarse=true",
@@ -60,8 +61,8 @@ RENAMED: dict[str, str] = {
     "head=coarse": "head=fine_grained head.coarse=true",
     "head=coarse_small": "head=fine_grained_small head.coarse=true",
     "predictor=yolo_small": "predictor=yolo_p5_small",
-    "preprocess=imagenet_128": "preprocess=imagenet preprocess.divisor=128",
-    "preprocess=caffe_128": "preprocess=caffe preprocess.divisor=128",
+    "preprocess=imagenet_128": "preprocess=imagenet preprocess.pad_multiple=128",
+    "preprocess=caffe_128": "preprocess=caffe preprocess.pad_multiple=128",
     "backbone=resnet101": f"backbone=resnet50 {_R101}",
     "backbone=resnet101_caffe": "backbone=resnet50_caffe backbone.name=resnet101",
     "backbone=resnext101_64x4d": f"backbone=resnet50 {_X101} backbone.norm=eval",
@@ -77,6 +78,11 @@ RENAMED: dict[str, str] = {
     "detector=cascade": "detector=dynamic",
     "detector=cascade_two_stage": "detector=dynamic_two_stage",
     "callbacks=ema_yolo": "callbacks=[default,ema] callbacks.ema.decay=0.9999 callbacks.ema.ramp=2000",
+    # keys, and what they set in stored configurations
+    "preprocess.divisor": "preprocess.pad_multiple",
+    "data.module.divisor": "data.module.pad_multiple",
+    "dyndet.models.preprocess.Preprocess.divisor": "dyndet.models.preprocess.Preprocess.pad_multiple",
+    "dyndet.data.datamodule.DetectionDataModule.divisor": "dyndet.data.datamodule.DetectionDataModule.pad_multiple",
     # where parts lay
     "dyndet.lightning.budget": "dyndet.lightning.budget_warmup",
     "dyndet.lightning.router": "dyndet.lightning.router_module",
@@ -90,7 +96,8 @@ RENAMED: dict[str, str] = {
     "dyndet.models.yolo.backbone": "dyndet.models.backbones.yolov7",
     "dyndet.models.yolo.neck": "dyndet.models.necks.yolov7_pan",
 }
-"""From `GROUP=NAME`, a key (`head.old_name`) or the module path of a `_target_` to what replaces it."""
+"""From `GROUP=NAME`, a key (`head.old_name`), the module path of a `_target_` or an argument of one to what replaces
+it."""
 
 
 def current(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

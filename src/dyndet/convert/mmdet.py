@@ -201,7 +201,7 @@ def _settings(text: str) -> dict[str, Any]:
     if match := re.search(r"\b(?:bgr_)?to_rgb=(True|False)", text):
         settings["preprocess.bgr"] = match.group(1) == "False"
     if match := re.search(r"\b(?:pad_)?size_divisor=(\d+)", text):
-        settings["preprocess.divisor"] = int(match.group(1))
+        settings["preprocess.pad_multiple"] = int(match.group(1))
     if match := re.search(r"\bstyle=['\"](caffe|pytorch)['\"]", text):
         settings["backbone.stride_in_1x1"] = match.group(1) == "caffe"
     return settings

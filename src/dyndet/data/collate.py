@@ -11,21 +11,21 @@ from dyndet.structures import Batch, ImageBatch, Sample
 
 
 class Collate:
-    """Pads uint8 images with zeros at the bottom and right to one size, a multiple of `divisor`.
+    """Pads uint8 images with zeros at the bottom and right to one size, a multiple of `pad_multiple`.
 
     Masks keep the size of their image: padding holds no objects.
 
     Args:
-        divisor: the largest stride of the detector, in pixels.
+        pad_multiple: the largest stride of the detector, in pixels.
     """
 
-    def __init__(self, divisor: int = 32) -> None:
-        if divisor < 1:
-            raise UserError(f"divisor must be at least 1, not {divisor}")
-        self.divisor = divisor
+    def __init__(self, pad_multiple: int = 32) -> None:
+        if pad_multiple < 1:
+            raise UserError(f"pad_multiple must be at least 1, not {pad_multiple}")
+        self.pad_multiple = pad_multiple
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        images = ImageBatch.of([sample.image for sample in samples], self.divisor)
+        images = ImageBatch.of([sample.image for sample in samples], self.pad_multiple)
         for target in (sample.target for sample in samples):
             if min(target.original_size) < 1:
                 raise DataError(

@@ -40,7 +40,7 @@ class DetectionDataModule(LightningDataModule):
         val_transform: the same for evaluation.
         val_batch_size: evaluation images per process; `batch_size` when None.
         num_workers: loader processes; 0 loads in the main process.
-        divisor: batches are padded to a multiple of this many pixels.
+        pad_multiple: batches are padded to a multiple of this many pixels.
         group_by_aspect: training batches hold only landscape or only portrait images, as far as possible.
         drop_last: leaves out a last training batch that is not full.
         seed: seed of order and augmentation.
@@ -65,7 +65,7 @@ class DetectionDataModule(LightningDataModule):
         val_transform: Transforms = None,
         val_batch_size: int | None = None,
         num_workers: int = 0,
-        divisor: int = 32,
+        pad_multiple: int = 32,
         group_by_aspect: bool = False,
         drop_last: bool = True,
         seed: int = 0,
@@ -85,7 +85,7 @@ class DetectionDataModule(LightningDataModule):
         self.train_transform = _composed(train_transform)
         self.val_transform = _composed(val_transform)
         self.num_workers = num_workers
-        self.collate = Collate(divisor)
+        self.collate = Collate(pad_multiple)
         self.group_by_aspect = group_by_aspect
         self.drop_last = drop_last
         self.seed = seed

@@ -18,11 +18,11 @@ class Preprocess(nn.Module):
         mean: per channel, in the order the network reads, in 0..1.
         std: likewise.
         bgr: the network reads blue first (Caffe weights).
-        divisor: images are padded to a multiple of this when a batch is made from single images.
+        pad_multiple: images are padded to a multiple of this when a batch is made from single images.
         fill: grey of the padding in 0..1; None is the mean colour.
         centred: images lie in the middle of a canvas instead of at its top left, in evaluation: YOLO's rectangular
-            geometry. Its sides are ceil(side / divisor + 1/2) * divisor, so there is always padding, which is treated
-            like the image.
+            geometry. Its sides are ceil(side / pad_multiple + 1/2) * pad_multiple, so there is always padding, which is
+            treated like the image.
     """
 
     mean: Tensor
@@ -34,7 +34,7 @@ class Preprocess(nn.Module):
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         bgr: bool = False,
-        divisor: int = 32,
+        pad_multiple: int = 32,
         fill: float | None = None,
         centred: bool = False,
     ) -> None:
@@ -42,7 +42,7 @@ class Preprocess(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.bgr = bgr
-        self.divisor = divisor
+        self.pad_multiple = pad_multiple
         self.fill = fill
         self.centred = centred
 
@@ -51,10 +51,10 @@ class Preprocess(nn.Module):
         height, width = size
         if not self.centred:
             return height, width
-        divisor = self.divisor  # ceil(side / divisor + 1/2) in integers
+        multiple = self.pad_multiple  # ceil(side / multiple + 1/2) in integers
         return (
-            -(-(2 * height + divisor) // (2 * divisor)) * divisor,
-            -(-(2 * width + divisor) // (2 * divisor)) * divisor,
+            -(-(2 * height + multiple) // (2 * multiple)) * multiple,
+            -(-(2 * width + multiple) // (2 * multiple)) * multiple,
         )
 
     def place(self, images: ImageBatch) -> ImageBatch:

@@ -20,11 +20,11 @@ def centerness_from_ltrb(ltrb: Tensor) -> Tensor:
     return ratio.clamp(min=0).sqrt()
 
 
-def iou_log_loss(predicted: Tensor, wanted: Tensor, eps: float = 1e-6) -> Tensor:
+def iou_log_loss(predicted: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     """(N, 4) and (N, 4) matched boxes -> (N,) -log(IoU), bounded (UnitBox, arXiv:1608.01471; plain FCOS)."""
-    corner = torch.minimum(predicted[:, 2:], wanted[:, 2:]) - torch.maximum(predicted[:, :2], wanted[:, :2])
+    corner = torch.minimum(predicted[:, 2:], target[:, 2:]) - torch.maximum(predicted[:, :2], target[:, :2])
     overlap = corner.clamp(min=0).prod(1)
-    areas = (predicted[:, 2:] - predicted[:, :2]).prod(1) + (wanted[:, 2:] - wanted[:, :2]).prod(1)
+    areas = (predicted[:, 2:] - predicted[:, :2]).prod(1) + (target[:, 2:] - target[:, :2]).prod(1)
     iou = overlap / (areas - overlap).clamp(min=eps)
     return -iou.clamp(min=eps).log()
 

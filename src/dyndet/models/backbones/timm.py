@@ -25,7 +25,7 @@ from dyndet.structures import Size
 
 
 class TimmBackbone(nn.Module):
-    """Feature maps of a timm model at the wanted strides.
+    """Feature maps of a timm model at given strides.
 
     A plain ViT has one map, that of its last block without the final norm, at the stride of its patches. Images that
     fill no whole number of patches are padded; its position embedding is resampled to theirs.

@@ -103,10 +103,10 @@ class PyramidDetector(Detector):
         self.head = head
         self.budget = budget
         self.precision = _dtypes(precision or {})
-        if preprocess.divisor % self.size_divisor:
+        if preprocess.pad_multiple % self.size_divisor:
             raise UserError(
-                f"preprocess.divisor={preprocess.divisor}: this backbone and neck take only images whose sides are "
-                f"multiples of {self.size_divisor}: set preprocess.divisor={self.size_divisor}"
+                f"preprocess.pad_multiple={preprocess.pad_multiple}: this backbone and neck take only images whose "
+                f"sides are multiples of {self.size_divisor}: set preprocess.pad_multiple={self.size_divisor}"
             )
 
     @property
@@ -188,7 +188,7 @@ class PyramidDetector(Detector):
             ValueError: if the backbone or the neck cannot take their size.
         """
         device = next(self.parameters()).device
-        batch = self.preprocess.place(ImageBatch.of(images, self.preprocess.divisor).to(device))
+        batch = self.preprocess.place(ImageBatch.of(images, self.preprocess.pad_multiple).to(device))
         height, width = batch.pixels.shape[-2:]
         if height % self.size_divisor or width % self.size_divisor:
             raise ValueError(

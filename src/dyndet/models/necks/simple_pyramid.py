@@ -50,7 +50,7 @@ class SimplePyramid(nn.Module):
                 f"neck.strides={list(strides)} must double from level to level and meet the backbone's {stride}: set "
                 f"neck.strides={[stride // 2, stride, stride * 2]}, for instance"
             )
-        self.levels = nn.ModuleList(_level(in_channels[0], channels, stride, wanted) for wanted in strides)
+        self.levels = nn.ModuleList(_level(in_channels[0], channels, stride, target) for target in strides)
         self.extra = nn.ModuleList(nn.MaxPool2d(1, stride=2) for _ in range(extra_levels))
         self.channels = channels
         self.strides = [*strides, *(strides[-1] * 2 ** (level + 1) for level in range(extra_levels))]
@@ -79,17 +79,17 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(input.dtype)
 
 
-def _level(in_channels: int, channels: int, stride: int, wanted: int) -> nn.Sequential:
-    """From the map's stride to the wanted one, then the two convolutions."""
+def _level(in_channels: int, channels: int, stride: int, target: int) -> nn.Sequential:
+    """From the map's stride to the target, then the two convolutions."""
     layers: list[nn.Module] = []
     width = in_channels
-    while stride > wanted:
+    while stride > target:
         if layers:
             layers += [ChannelNorm(width), nn.GELU()]
         layers.append(nn.ConvTranspose2d(width, width // 2, 2, stride=2))
         stride, width = stride // 2, width // 2
-    if wanted > stride:
-        layers.append(nn.MaxPool2d(wanted // stride, ceil_mode=True))
+    if target > stride:
+        layers.append(nn.MaxPool2d(target // stride, ceil_mode=True))
     return nn.Sequential(
         *layers,
         nn.Conv2d(width, channels, 1, bias=False),

@@ -106,8 +106,8 @@ class ATSS(AnchorPredictor):
         divisor = self.normaliser(positive.sum(1))
 
         cls = flat_levels(raw, "cls", self.num_classes)
-        wanted = F.one_hot(labels, self.num_classes + 1)[..., :-1].float()
-        each = sigmoid_focal_loss(cls, wanted, alpha=0.25, gamma=2.0).sum(-1)
+        one_hot = F.one_hot(labels, self.num_classes + 1)[..., :-1].float()
+        each = sigmoid_focal_loss(cls, one_hot, alpha=0.25, gamma=2.0).sum(-1)
         loss_cls = ((each if trained is None else each * trained).sum(1) / divisor).sum()
 
         anchors = torch.cat(levels).expand(len(labels), -1, -1)[positive]

@@ -149,8 +149,8 @@ class FCOS(nn.Module):
         positive = (labels < self.num_classes) & counts
         divisor = self.normaliser(positive.sum(1))
 
-        wanted = F.one_hot(labels, self.num_classes + 1)[..., :-1].float()
-        each = sigmoid_focal_loss(cls, wanted, alpha=0.25, gamma=2.0).sum(-1)
+        one_hot = F.one_hot(labels, self.num_classes + 1)[..., :-1].float()
+        each = sigmoid_focal_loss(cls, one_hot, alpha=0.25, gamma=2.0).sum(-1)
         loss_cls = ((each * counts).sum(1) / divisor).sum()
 
         stride = torch.cat([p.new_full((len(p),), s) for p, s in zip(points, self.strides, strict=True)])
