@@ -16,7 +16,7 @@ from dyndet import build_detector
 from dyndet.checkpoints.read import read_checkpoint
 from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.cli.config_source import DyndetConfigSource
-from dyndet.cli.renamed import RENAMED
+from dyndet.cli.renamed import RENAMED, current
 from dyndet.errors import UserError
 
 SOURCE = DyndetConfigSource("test", "dyndet://conf")
@@ -48,7 +48,8 @@ def test_every_experiment_exists_or_answers() -> None:
         with pytest.warns(FutureWarning) as caught:
             config = compose_experiment(name)
         assert str(caught[0].message) == f"+experiment={name} is now: {now}"
-        assert config == compose_command("train", now.split())
+        assert current([f"+experiment={name}", "seed=1"]) == ([*now.split(), "seed=1"], [str(caught[0].message)])
+        assert config.name == now.split()[0].partition("=")[2]
 
 
 def test_what_replaces_an_option_composes() -> None:

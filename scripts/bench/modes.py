@@ -265,13 +265,14 @@ def _train_head(scene: Scene) -> Bench:
 
 
 def _step(scene: Scene) -> Bench:
-    """A training step of `bccd_dyn`, against the same with the fixed head; of the case it takes batch and density.
+    """A training step of `bccd_dyn`, against the same with the fixed head; of the case it takes batch, size, density.
 
     What is checked is the head of the case, which has the size of that experiment.
     """
     case, head = scene.case, _gated(scene).eval()
+    height, width = (8 * side for side in case.shapes[0])
     dense, sparse = (
-        training_step(detector_of("bccd_dyn", density), case.batch, (240, 320))
+        training_step(detector_of("bccd_dyn", density), case.batch, (height, width))
         for density in (None, case.density / 100)
     )
     check = _head_error(scene, head)
