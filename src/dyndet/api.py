@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dyndet.checkpoints.read import Checkpoint, read_checkpoint
+from dyndet.checkpoints.read import Checkpoint, read_checkpoint, take_weights
 from dyndet.cli.compose import build, compose_experiment
 from dyndet.errors import UserError
 from dyndet.models.detectors.base import Detector, SwitchableHead
@@ -46,7 +45,7 @@ def load_detector(
     """A trained detector, in eval mode.
 
     Args:
-        checkpoint: written by `dyndet.train`.
+        checkpoint: written by `dyndet.train` or `dyndet.convert`.
         impl: execution of the sparse operations ("auto", "dense", "gather", "triton"); None keeps the experiment's.
         speed: for instance "macs:60e9" or "easy", see `dyndet.speeds.set`; None leaves it as trained.
         fuse: fold norms and parallel branches into convolutions where a part can (YOLO); it computes the same, faster,
@@ -64,25 +63,16 @@ def detector_from(
     saved: Checkpoint, *, impl: str | None = None, speed: str | None = None, fuse: bool = False
 ) -> Detector:
     """`load_detector` for a checkpoint that has been read already."""
-    config = saved.config.copy()
-    if "weights" in config.backbone:
-        config.backbone.weights = "none"
+    config = saved.config
     detector: Detector = build(config.detector)
     if impl is not None:
         _execute(detector, impl)
-    detector.load_state_dict(_read(saved.weights, detector))
+    take_weights(detector, saved.weights)
     if config.channels_last:  # as in training, so that the numbers are the same to the last bit
         nn.Module.to(detector, memory_format=torch.channels_last)
     if speed is not None:
         set_speed(detector, speed, None if saved.calibration is None else Calibration.of(saved.calibration))
     return fused(detector) if fuse else detector.eval()
-
-
-def _read(weights: dict[str, Tensor], detector: Detector) -> dict[str, Tensor]:
-    """Without the towers that nobody reads: detectors of earlier versions had them, see `Predictor.reads`."""
-    known = detector.state_dict().keys()
-    idle = re.compile(r"(?:.+\.)?head\.(?:towers\.)?reg\..+")
-    return {name: value for name, value in weights.items() if name in known or not idle.fullmatch(name)}
 
 
 def _execute(detector: Detector, impl: str) -> None:

@@ -188,6 +188,8 @@ HIDDEN: dict[str, tuple[str, Any, str]] = {
     "with space": ("data/root", "${ oc.env:HOME }", "data.root"),
     "put together": ("data/root", "$${name}", "data.root"),
     "put together of two": ("name", "$", "name"),
+    "in bytes, which become text": ("name", b"${oc.env:HOME}", "name"),
+    "in a key of bytes": ("data/module/x", {b"${oc.env:HOME}": 1}, "data.module.x.b'${oc.env:HOME}'"),
     "in a key": ("data/module/${oc.env:HOME}", 1, "data.module.${oc.env:HOME}"),
     "lines in a key": ("data/module/a\nb", {"_target_": "os.getcwd"}, "data.module.a\\nb._target_"),
     "lines in a target": ("head/_target_", "os\n.getcwd", "head._target_"),
@@ -210,6 +212,49 @@ def test_what_references_put_together_would_be_read_again(monkeypatch: pytest.Mo
     assert build(config.data)["x"] == "secret"
     with pytest.raises(UserError, match="in its configuration a is"):
         check_stored(config, source="x.ckpt")
+
+
+def test_bytes_would_be_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNDET_SECRET", "secret")
+    config = DictConfig({"a": b"${oc.env:DYNDET_SECRET}", "data": {"_target_": "builtins.dict", "x": "${a}."}})
+    assert build(config.data)["x"] == "b'secret'."
+    with pytest.raises(UserError, match=r"a is b'.*which is no plain value, but bytes"):
+        check_stored(config, source="x.ckpt")
+
+
+@pytest.mark.parametrize("weights", ["timm", "/etc/passwd"])
+def test_no_reference_reaches_weights(tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transform that is the backbone, which would fetch its weights, or open a file."""
+    file = checkpoint(tmp_path, ("backbone/weights", weights), ("data/module/val_transform", ["${backbone}"]))
+    monkeypatch.setattr("dyndet.models.backbones.timm.load_backbone_weights", lambda *_: pytest.fail("a file is read"))
+    saved = read_checkpoint(file).config
+    assert saved.backbone.weights == saved.data.module.val_transform[0].weights == "none"
+    build(saved.data.module.val_transform[0])
+
+
+def test_what_is_shared_is_not_written_out_without_limit(tmp_path: Path) -> None:
+    node: Any = 1
+    for _ in range(40):
+        node = [node, node]
+    file = checkpoint(tmp_path, ("anything", node))
+    with pytest.raises(UserError, match="holds a configuration of more than"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize("entry", [{}, None, [], {"config": {}}, {"config": {}, "categories": [1]}])
+def test_what_lacks_a_part_is_refused(tmp_path: Path, entry: Any) -> None:
+    torch.save({"state_dict": {}, "dyndet": entry}, tmp_path / "file.ckpt")
+    with pytest.raises(UserError, match=r"file\.ckpt holds"):
+        read_checkpoint(tmp_path / "file.ckpt")
+
+
+@pytest.mark.parametrize(("stored", "now"), [(0, -1), (2, 1), (5, 4)])
+def test_frozen_stages_of_old_files_counted_the_stem(tmp_path: Path, stored: int, now: int) -> None:
+    old = "dyndet.models.backbone.TimmBackbone"
+    file = checkpoint(tmp_path, ("backbone/_target_", old), ("backbone/frozen_stages", stored))
+    assert read_checkpoint(file).config.backbone.frozen_stages == now
+    file = checkpoint(tmp_path, ("backbone/frozen_stages", stored))
+    assert read_checkpoint(file).config.backbone.frozen_stages == stored
 
 
 @pytest.mark.parametrize("value", [None, "a", [1], "${name}", {"x": {3, 4}}, {"x": "${name"}])

@@ -19,6 +19,9 @@ from dyndet.cli.renamed import replacement
 from dyndet.errors import UserError, reason
 from dyndet.structures import Category
 
+_MOST_VALUES = 20_000
+_OLD_BACKBONE = "dyndet.models.backbone.TimmBackbone"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -52,19 +55,37 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", trust: bool = False)
     content = _content(Path(path), key)
     extra = content["dyndet"]
     try:
-        config = DictConfig(_modernised(extra["config"]))
-    except (OmegaConfBaseException, RecursionError) as error:
+        stored = extra["config"]
+        if _size(stored, {}) > _MOST_VALUES:
+            raise UserError(f"{path} holds a configuration of more than {_MOST_VALUES} values")
+        stored = _modernised(stored)
+        if isinstance(stored, dict) and isinstance(stored.get("backbone"), dict) and "weights" in stored["backbone"]:
+            stored["backbone"]["weights"] = "none"  # those of a file are in it
+        config = DictConfig(stored)
+        categories = [Category(item["id"], item["name"]) for item in extra["categories"]]
+    except (OmegaConfBaseException, RecursionError, LookupError, TypeError) as error:
         raise UserError(f"{path} holds a damaged configuration: {reason(error)}") from error
     if trust is not True:  # trust=no is a word, and true
         check_stored(config, source=path)
     prefix = "detector."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    return Checkpoint(
-        config,
-        [Category(item["id"], item["name"]) for item in extra["categories"]],
-        weights,
-        extra.get("calibration"),
-    )
+    return Checkpoint(config, categories, weights, extra.get("calibration"))
+
+
+def take_weights(detector: nn.Module, weights: dict[str, Tensor], *, strict: bool = True) -> Any:
+    """`load_state_dict` without the towers that nobody reads: earlier detectors had them, see `Predictor.reads`."""
+    known = detector.state_dict().keys()
+    idle = re.compile(r"(?:.+\.)?head\.(?:towers\.)?reg\..+")
+    fitting = {name: value for name, value in weights.items() if name in known or not idle.fullmatch(name)}
+    return detector.load_state_dict(fitting, strict=strict)
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a configuration has when parts that it shares are written out."""
+    parts = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+    if id(node) not in known:
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _modernised(node: Any) -> Any:
@@ -81,6 +102,8 @@ def _modernised(node: Any) -> Any:
         result[argument.rpartition(".")[2] if argument else key] = _modernised(value)
     if isinstance(target, str):
         result["_target_"] = replacement(target) or target
+    if target == _OLD_BACKBONE and isinstance(node.get("frozen_stages"), int):  # it counted the stem as well
+        result["frozen_stages"] = max(node["frozen_stages"], 0) - 1
     return result
 
 

@@ -125,12 +125,8 @@ def _faults(node: Any, place: str, *, built: bool) -> Iterator[tuple[str, Any, s
             if built and key in _KINDS and not isinstance(value, _KINDS[key]):
                 yield where, value, f"which must be a plain {_KINDS[key].__name__}"
             yield from _faults(value, where, built=built)
-        if (
-            built
-            and node.get("_target_") == _BACKBONE
-            and place != "backbone"
-            and node.get("weights", "none") != "none"
-        ):
+        weights = "none" if place == "backbone" else node.get("weights", "none")  # reading has set that one
+        if built and node.get("_target_") == _BACKBONE and weights != "none":
             yield f"{place}.weights", node["weights"], "which would be fetched: the weights of a file are in it"
     elif isinstance(node, list):
         for index, value in enumerate(node):
@@ -141,3 +137,5 @@ def _faults(node: Any, place: str, *, built: bool) -> Iterator[tuple[str, Any, s
         groups = {(match[1] or match[2] or "").split(".")[0] for match in _REFERENCE.finditer(node)}
         if built and groups & UNBUILT:
             yield place, node, "which refers to a group that is never built from a file"
+    elif not (node is None or isinstance(node, int | float)):  # bytes become text where text refers to them
+        yield place, node, f"which is no plain value, but {type(node).__name__}"

@@ -92,7 +92,7 @@ def read_release(path: str | Path, experiment: str = "auto", *, trust: bool = Fa
     Raises:
         UserError: if the file cannot be read, is of no known source, or does not fit the experiment.
     """
-    source = read_source(path, trust=trust)
+    source = read_source(path, trust=trust is True)
     shapes = source.shapes
     module = next((module for module in SOURCES if module.recognise(shapes)), None)
     if module is None:

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from dyndet.checkpoints.read import read_checkpoint
+from dyndet.checkpoints.read import read_checkpoint, take_weights
 from dyndet.cli.compose import build
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
@@ -92,7 +92,7 @@ def load_detectors(detector: DynamicDetector, init: str, data: DetectionDataModu
         raise UserError(f"init={init} was trained on other categories than those of the data: {saved.categories}")
     weights = {name: value for name, value in saved.weights.items() if not name.startswith("router.")}
     try:
-        result = detector.load_state_dict(weights, strict=False)
+        result = take_weights(detector, weights, strict=False)
     except RuntimeError as error:
         raise UserError(f"init={init} is of another dynamic detector: {str(error).splitlines()[1].strip()}") from error
     missing = [name for name in result.missing_keys if not name.startswith("router.")]
