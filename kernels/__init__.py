@@ -11,7 +11,7 @@ from .conv_backward import conv_weight_grad
 from .depthwise import depthwise, depthwise_weight_grad
 from .group_norm import Stats, group_norm
 from .group_norm_backward import group_norm_backward
-from .plan import Plan, plan
+from .plan import Plan, plan, stacked_plans
 from .scatter_add import scatter_add, scatter_add_backward
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "plan",
     "scatter_add",
     "scatter_add_backward",
+    "stacked_plans",
     "tile_rows",
 ]

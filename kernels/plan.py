@@ -51,11 +51,23 @@ def plan(
         reaches: 0 takes the open positions, 1 those and their neighbours.
 
     Returns:
-        A plan per reach; their tensors are views of shared buffers.
+        A plan per reach; their tensors are views of the buffers of `stacked_plans`.
 
     Raises:
         ValueError: on a reach other than 0 and 1.
     """
+    positions, inverse, offsets = stacked_plans(gate, valid, neighbours, segment, segments, reaches)
+    total = gate.shape[0]
+    return [
+        Plan(positions[index, :total], inverse[index, : total + 1], offsets[index, : segments + 1])
+        for index in range(len(reaches))
+    ]
+
+
+def stacked_plans(
+    gate: Tensor, valid: Tensor | None, neighbours: Tensor, segment: Tensor, segments: int, reaches: Sequence[int]
+) -> Plan:
+    """`plan` in three buffers, (reaches, P or more), (reaches, P + 1 or more) and (reaches, S + 1 or more)."""
     if not reaches or any(reach not in (0, 1) for reach in reaches):
         raise ValueError(f"reaches must be 0 or 1, got {list(reaches)}")
     total, number = gate.shape[0], len(reaches)
@@ -98,10 +110,7 @@ def plan(
         block=BLOCK,
         num_warps=4,
     )
-    return [
-        Plan(positions[index, :total], inverse[index, : total + 1], offsets[index, : segments + 1])
-        for index in range(number)
-    ]
+    return Plan(positions, inverse, offsets)
 
 
 def _aligned(number: int, length: int, like: Tensor) -> Tensor:

@@ -88,7 +88,9 @@ class RowLayout:
 
     def unflat(self, values: Tensor) -> list[Tensor]:
         """(G, P) or (P,) -> L x (B, G, H, W), views."""
-        parts = values.reshape(-1, self.positions).split([stop - start for start, stop in self.levels], 1)
+        parts = values.reshape(values.shape[:-1].numel(), self.positions).split(
+            [stop - start for start, stop in self.levels], 1
+        )
         return [
             part.view(len(part), self.batch, height, width).transpose(0, 1)
             for part, (height, width) in zip(parts, self.shapes, strict=True)

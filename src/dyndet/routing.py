@@ -151,7 +151,7 @@ class Routing:
     def positions(self) -> Tensor:
         """(B,) positions of the pyramid that count."""
         counts = self._counts()
-        return counts.to(_wide(counts)).view(-1, self.layout.batch).sum(0)
+        return counts.to(_wide(counts)).view(len(self.layout.shapes), self.layout.batch).sum(0)
 
     def densities(self) -> Tensor:
         """(G, S) share of the valid positions of every segment whose gate is open."""
@@ -177,23 +177,24 @@ class Routing:
         Args:
             weigh: of a path and the gates (n, P) of n neighbours like it -> their weights, of the same shape.
         """
-        total: Tensor | None = None
+        parts = []
         for path, gates in self._runs():
             weights = weigh(path, gates)
-            for cost in path.costs:
-                part = self._reached(weights, cost.reach).sum(0, dtype=_wide(weights)) * cost.macs
-                total = part if total is None else total + part
-        if total is None:
+            parts += [
+                self._reached(weights, cost.reach).sum(0, dtype=_wide(weights)) * cost.macs for cost in path.costs
+            ]
+        if not parts:
             raise ValueError("this routing has no gates, so it has no cost")
-        return total
+        return sum(parts[1:], parts[0])
 
     def per_image(self, values: Tensor) -> Tensor:
         """(P,) -> (B,) sums."""
-        return self.layout.per_segment(values[None]).view(-1, self.layout.batch).sum(0)
+        return self.layout.per_segment(values[None]).view(len(self.layout.shapes), self.layout.batch).sum(0)
 
     def named(self, prefix: str) -> Routing:
         """The same decisions, told apart from those of another detector."""
-        return replace(self, paths=tuple(replace(path, node=prefix + path.node) for path in self.paths))
+        paths = tuple(replace(path, node=prefix + path.node) for path in self.paths)
+        return replace(self, paths=paths, work=[replace(item, node=prefix + item.node) for item in self.work])
 
     def _runs(self) -> Iterator[tuple[GatedPath, Tensor]]:
         """Neighbouring gates that cost the same and are called alike: the first path, and their rows."""
@@ -227,7 +228,7 @@ class Routing:
         """(B,) what paths cost that run on all valid positions of their levels."""
         levels = range(len(self.layout.shapes))
         prices = [sum(macs(path) for path in self.paths if path.on(level)) for level in levels]
-        counts = self._counts().view(-1, self.layout.batch)
+        counts = self._counts().view(len(self.layout.shapes), self.layout.batch)
         wide = counts.to(_wide(counts))
         return torch.stack([count * price for count, price in zip(wide, prices, strict=True)]).sum(0)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from released_layouts import RELEASES, marked
 from torch import Tensor
 
+from commands import command, forked
 from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.convert import read_release
 from dyndet.convert.__main__ import convert
@@ -246,8 +245,7 @@ def test_the_source_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_the_command_line_answers_in_one_line(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "dyndet.convert", "source=nothing.pth", "out=converted.ckpt"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = command(tmp_path, "convert", "source=nothing.pth", "out=converted.ckpt")
     assert done.returncode == 2 and done.stderr.startswith("error: no file at") and done.stderr.count("\n") == 1
     assert not (tmp_path / "converted.ckpt").exists()
 
@@ -255,14 +253,12 @@ def test_the_command_line_answers_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("experiment", ["auto", "freeanchor_r50"])
 def test_the_command_line_takes_an_experiment(experiment: str, tmp_path: Path) -> None:
     torch.save({"state_dict": marked(RELEASES["mmdet retinanet_r50"].shapes)}, tmp_path / "release.pth")
-    line = [sys.executable, "-m", "dyndet.convert", "source=release.pth", "out=out.ckpt", f"experiment={experiment}"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = forked(tmp_path, "convert", "source=release.pth", "out=out.ckpt", f"experiment={experiment}")
     assert done.returncode == 0, done.stderr
     assert f"as experiment {'retinanet_r50' if experiment == 'auto' else experiment}" in done.stdout
 
 
 def test_a_misspelt_key_is_explained(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "dyndet.convert", "source=release.pth", "out=out.ckpt", "experimant=auto"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = forked(tmp_path, "convert", "source=release.pth", "out=out.ckpt", "experimant=auto")
     assert done.returncode == 2
     assert "there is no key 'experimant' to set. Did you mean 'experiment'?" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dyndet.models.budget import Budget
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.gates import RestrictedTanh, Softmax
-from dyndet.models.heads.paths import exchange
+from dyndet.ops.sparse import received
 from routing_views import PathGate, routing_of, views
 
 SHAPES = [(12, 16), (6, 8), (3, 4)]
@@ -269,14 +270,23 @@ def test_softmax_over_positions_spends_nothing_on_padding() -> None:
 
 
 def test_levels_exchange_with_their_neighbours_only() -> None:
-    """In the fixed head, which is the published reference; `exchange_rows` is tested against the same function."""
+    """In the fixed head, which is the published reference; `exchange` does the same with rows."""
     down = [torch.full((1, 1, 8 >> level, 8 >> level), 10.0**level) for level in range(3)]
     up = [2 * x for x in down]
-    received = exchange(down, up)
-    assert received is not None
-    assert [float(x.mean()) for x in received] == [20, 1 + 200, 10]
-    assert [tuple(x.shape[2:]) for x in received] == [(8, 8), (4, 4), (2, 2)]
-    assert exchange(down[:1], up[:1]) is None
+    arrived = received(down, up)
+    assert [float(x.mean()) for x in arrived] == [20, 1 + 200, 10]
+    assert [tuple(x.shape[2:]) for x in arrived] == [(8, 8), (4, 4), (2, 2)]
+    assert (received(down[:1], up[:1])[0] == 0).all()
+
+
+@pytest.mark.parametrize("make", [FixedHead, FineGrainedHead])
+def test_on_a_single_level_every_weight_has_a_gradient(make: Callable[..., torch.nn.Module]) -> None:
+    """What is sent has no receiver, but processes wait for its gradient."""
+    head = make(8, depth=1, norm_groups=2)
+    output = head([torch.randn(1, 8, 5, 6)])
+    sum(x.sum() for x in (*output.cls, *output.reg)).backward()
+    missing = [name for name, weight in head.named_parameters() if weight.grad is None]
+    assert missing == []
 
 
 def test_odd_sizes_and_a_single_level() -> None:

@@ -220,7 +220,7 @@ def test_a_divisor_below_the_stride_is_refused() -> None:
     with torch.device("meta"):
         with pytest.raises(UserError, match=r"preprocess\.pad_multiple=32.*set preprocess\.pad_multiple=64"):
             build_detector(None, parts)
-        assert build_detector(None, [*parts, "preprocess.divisor=128"]).size_divisor == 64
+        assert build_detector(None, [*parts, "preprocess.pad_multiple=128"]).size_divisor == 64
 
 
 def test_a_neck_that_does_not_fit_says_so() -> None:

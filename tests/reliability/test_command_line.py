@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -20,40 +16,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import dyndet.evaluate
-import dyndet.train  # noqa: F401  what is forked has them
+from commands import ENVIRONMENT, command, forked
 
 TINY = [
     "+experiment=shapes_dyn", "data.size=64", "data.train_images=24", "data.val_images=10", "data.batch_size=4",
     "trainer.accelerator=cpu", "trainer.max_epochs=2", "head.depth=1", "neck.channels=16", "head.norm_groups=4",
     "predictor.postprocess.score_threshold=0.01", "~callbacks.progress",
 ]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def command(folder: Path, name: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", f"dyndet.{name}", *arguments]
-    return subprocess.run(
-        line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
-    )
-
-
-def forked(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """As `command`, by a copy of this process, which has imported everything already."""
-
-    def run() -> None:
-        with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
-            os.chdir(folder)
-            os.environ.update(ENVIRONMENT)
-            sys.argv = [f"dyndet.{name}", *arguments]
-            with redirect_stdout(out), redirect_stderr(err):
-                runpy.run_module(f"dyndet.{name}", run_name="__main__", alter_sys=True)
-
-    process = get_context("fork").Process(target=run)
-    process.start()
-    process.join(timeout=240)
-    outputs = ((folder / stream).read_text() for stream in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(sys.argv, -1 if process.exitcode is None else process.exitcode, *outputs)
 
 
 def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -73,29 +42,16 @@ def seconds_of_processes() -> float:
 
 @pytest.mark.slow
 def test_without_coco_the_way_out_is_named_at_once(tmp_path: Path) -> None:
-    command(tmp_path, "train", "--cfg", "job")  # the first start reads everything from disk
     before = seconds_of_processes()
     result = command(tmp_path, "train", "+experiment=fcos_d8_dyn")
     assert_one_line(result, "instances_train2017.json", "data.root", "scripts/get_coco.py", "python -m dyndet.train")
     assert seconds_of_processes() - before < 15
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
         ("train", ["+experiment=fcos_d8_dny"], ["fcos_d8_dny", "Did you mean 'fcos_d8_dyn'"]),
-        ("evaluate", ["ckpt=nowhere.ckpt"], ["nowhere.ckpt"]),
-        ("report", ["runs=nowhere"], ["nowhere"]),
-    ],
-)
-def test_mistakes_cost_one_line(tmp_path: Path, name: str, arguments: list[str], words: list[str]) -> None:
-    assert_one_line(command(tmp_path, name, *arguments), *words)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "words"),
-    [
         ("train", ["callbacks=[default,ema_yolo]"], ["is now: callbacks=[default,ema]"]),
         ("train", ["budget.wieght=1"], ["budget.wieght", "budget.weight"]),
         ("train", ["backbone.weights=missing.pth"], ["missing.pth", "backbone.weights"]),
@@ -103,10 +59,12 @@ def test_mistakes_cost_one_line(tmp_path: Path, name: str, arguments: list[str],
         ("train", ["budget.weight=much"], ["budget", "much"]),
         ("train", ["ckpt_path=notes.txt"], ["notes.txt", "checkpoint"]),
         ("train", ["data=files"], ["data.num_classes"]),
+        ("evaluate", ["ckpt=nowhere.ckpt"], ["nowhere.ckpt"]),
         ("evaluate", [], ["ckpt"]),
+        ("report", ["runs=nowhere"], ["nowhere"]),
     ],
 )
-def test_every_mistake_costs_one_line(tmp_path: Path, name: str, arguments: list[str], words: list[str]) -> None:
+def test_mistakes_cost_one_line(tmp_path: Path, name: str, arguments: list[str], words: list[str]) -> None:
     (tmp_path / "notes.txt").write_text("no checkpoint")
     assert_one_line(forked(tmp_path, name, *arguments), *words)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dyndet.models.heads.fine_grained import FineGrainedHead
@@ -26,6 +29,7 @@ from dyndet.ops.sparse import (
     whole_plan,
 )
 
+operator_module = importlib.import_module("dyndet.ops.sparse.operator")
 SHAPES = ((5, 4), (3, 2))
 
 
@@ -41,6 +45,46 @@ def setting(density: float = 0.4) -> dict[str, Any]:
         "layout": layout, "gate": gate.requires_grad_(), "plan": plan, "rows": rows, "active": active,
         "scale": scale, "shift": shift, "weight": torch.randn(4, 4, 3, 3, requires_grad=True),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["dense", "gather", "triton"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_results_share_no_memory(impl: str, relu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they lie in an argument, forward and backward: compilers count on it."""
+    calls: list[str] = []
+
+    def watched(module: ModuleType) -> SimpleNamespace:
+        def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                results = function(*arguments)
+                given = {x.untyped_storage().data_ptr() for x in tree_leaves(arguments) if isinstance(x, Tensor)}
+                made = [
+                    x.untyped_storage().data_ptr() for x in tree_leaves(results) if isinstance(x, Tensor) and len(x)
+                ]
+                assert len({*made}) == len(made) and not given & {*made}, name
+                calls.append(name)
+                return results
+
+            return run
+
+        watching = {name: watch(name, getattr(module, name)) for name in names}
+        return SimpleNamespace(**{**vars(module), **watching})
+
+    names = [f"{name}{end}" for name in ("conv", "group_norm", "scatter_add") for end in ("", "_backward")]
+    real = operator_module.backend
+    monkeypatch.setattr(operator_module, "backend", lambda impl: watched(real(impl)))
+    s = setting()
+    layout, plan = (
+        s["layout"],
+        (s["plan"] if impl != "triton" else make_plans(s["gate"].detach(), s["layout"], impl="triton")[0]),
+    )
+    how: Any = {"impl": impl}
+    for residual in (None, s["rows"]):
+        x = conv(s["rows"], s["weight"], s["shift"], source=whole_plan(layout), target=plan, **how)
+        x = group_norm(x, Norm(s["scale"], s["shift"], 2), plan=plan, relu=relu, **how)
+        y = scatter_add(x, Norm(s["scale"], s["shift"], 2), s["gate"], residual=residual, plan=plan, relu=relu, **how)
+        y.square().sum().backward()
+    assert {*calls} == {*names}
 
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dyndet.models.detectors.base import Branch
 from dyndet.models.heads.branches import BRANCHES, check_branches
 from dyndet.models.heads.init import check_groups
-from dyndet.models.heads.paths import DepthPath, ScalePath, exchange
+from dyndet.models.heads.paths import DepthPath, ScalePath
+from dyndet.ops.sparse import received
 from dyndet.structures import HeadOutput
 
 
@@ -30,12 +31,10 @@ class FixedNode(nn.Module):
 
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor | None]) -> list[Tensor]:
         pairs = list(zip(features, valid, strict=True))
-        received = exchange([self.down(x, area) for x, area in pairs], [self.up(x, area) for x, area in pairs])
+        arrived = received([self.down(x, area) for x, area in pairs], [self.up(x, area) for x, area in pairs])
         outputs = []
-        for level, (x, area) in enumerate(pairs):
-            s = self.output_weight * x
-            if received is not None:
-                s = s + received[level]
+        for (x, area), other in zip(pairs, arrived, strict=True):
+            s = self.output_weight * x + other
             outputs.append(F.relu(s + self.depth(s, area)))
         return outputs
 

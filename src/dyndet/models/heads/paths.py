@@ -1,12 +1,10 @@
-"""The two kinds of path inside a node of the fine-grained routing space, and how levels exchange features.
+"""The two kinds of path inside a node of the fine-grained routing space.
 
 Source: Song et al., NeurIPS 2020, arXiv:2012.03519, section 3.2, and the published code (basic block in the depth path,
 depthwise convolution in the scale paths).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,25 +103,3 @@ class DepthPath(nn.Module):
 
 def _norm(norm: nn.GroupNorm, features: Tensor, mask: Tensor | None) -> Tensor:
     return masked_group_norm(features, norm.num_groups, norm.weight, norm.bias, mask=mask, eps=norm.eps)
-
-
-def exchange(down: Sequence[Tensor], up: Sequence[Tensor]) -> list[Tensor] | None:
-    """What each level receives from its neighbours.
-
-    `down[l]` travels to the coarser level l + 1, `up[l]` to the finer level l - 1, resampled bilinearly to the exact
-    target size with aligned corners, as published. The last `down` and the first `up` have no receiver.
-
-    Returns:
-        Per level the sum of what arrived, (B, C, H_l, W_l); None when the pyramid has a single level.
-    """
-    if len(down) == 1:
-        return None
-    received: list[Tensor] = []
-    for level, features in enumerate(down):
-        senders = [down[level - 1]] if level > 0 else []
-        senders += [up[level + 1]] if level + 1 < len(up) else []
-        resampled = [
-            F.interpolate(sender, size=features.shape[-2:], mode="bilinear", align_corners=True) for sender in senders
-        ]
-        received.append(sum(resampled[1:], resampled[0]))
-    return received

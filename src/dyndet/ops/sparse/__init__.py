@@ -11,15 +11,15 @@
     source,     the plan of what a convolution reads, and of what it computes
     target
 
-Every operation is one registered operator (`torch.library`), so that export, compilation and counters see one node; it
-runs in plain torch (`torch_backend`) or by the Triton kernels (`triton_backend`), see `Impl`.
+What depends on gates is registered as operators (`torch.library`), so that export, compilation and counters see one
+node each; they run in plain torch (`torch_backend`) or by the Triton kernels (`triton_backend`), see `Impl`.
 """
 
 from dyndet.layout import RowLayout
 from dyndet.ops.sparse.backend import IMPLS, Impl, Stats, SwitchableHead, autocast_dtype, check_impl, choose
 from dyndet.ops.sparse.conv import conv, conv_work
 from dyndet.ops.sparse.density import DensityEstimate, NodeDensity, counted_later
-from dyndet.ops.sparse.exchange import exchange
+from dyndet.ops.sparse.exchange import exchange, received
 from dyndet.ops.sparse.gate_logits import gate_logits
 from dyndet.ops.sparse.group_norm import Norm, group_norm
 from dyndet.ops.sparse.plan import Plan, make_plans, whole_plan
@@ -46,6 +46,7 @@ __all__ = [
     "gate_logits",
     "group_norm",
     "make_plans",
+    "received",
     "scatter_add",
     "sending",
     "whole_plan",

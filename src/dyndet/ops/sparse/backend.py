@@ -44,12 +44,12 @@ _CROSSOVER = {
     ("cpu", torch.float32): _FLOAT32,
     ("cpu", torch.bfloat16): _BFLOAT16,
 }
-_OTHERWISE = {0: 0.45}
+_CUDA, _OTHERWISE = {0: 0.45}, {0: 0.5}
 
 
 @cache
 def backend(impl: str) -> ModuleType:
-    """The module that executes: `triton_backend` for "triton", else `torch_backend`. Both have the same functions."""
+    """The module whose functions operators call: `triton_backend` for "triton", else `torch_backend`."""
     return import_module(f"dyndet.ops.sparse.{'triton' if impl == 'triton' else 'torch'}_backend")
 
 
@@ -101,7 +101,7 @@ def choose(impl: Impl, density: float | None, channels: int, dtype: torch.dtype,
 
 def crossover(channels: int, dtype: torch.dtype, device: torch.device) -> float:
     """The share of active positions from which "auto" convolves densely."""
-    table = _CROSSOVER.get((device.type, dtype), _OTHERWISE)
+    table = _CROSSOVER.get((device.type, dtype), _CUDA if device.type == "cuda" else _OTHERWISE)
     return table[max(least for least in table if least <= channels)]
 
 

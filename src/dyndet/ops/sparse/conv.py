@@ -77,7 +77,8 @@ def conv_work(x: Tensor, weight: Tensor, *, target: Plan, impl: Impl = "auto") -
     """What `conv` with these arguments computes."""
     how = _execution(impl, target, x, weight)
     rows = target.capacity if target.exact else target.count
-    tile = backend(how).tile_rows(x, weight, target, tf32=allows_tf32(x.dtype)) if how == "triton" else 1
+    tiled = how == "triton" and not x.is_meta
+    tile = backend(how).tile_rows(x, weight, target, tf32=allows_tf32(x.dtype)) if tiled else 1
     return Work(float(weight.numel()), rows, tile, target.positions_reached() if how == "dense" else None)
 
 
@@ -115,7 +116,7 @@ def _parse_norm(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *rest: 
     return x, layer, RowNorm(Norm(scale, shift, groups, eps, "position"), layer.target, relu)
 
 
-_PLANS = "Tensor[] source, Tensor[] target, int[] sizes, float? density, bool tf32, str impl"
+_PLANS = "Tensor[] source, Tensor[] target, SymInt[] sizes, float? density, bool tf32, str impl"
 _conv = operator("conv", f"Tensor x, Tensor weight, Tensor? bias, {_PLANS}", "Tensor", _parse, _fake, inputs=3)
 _conv_norm = operator(
     "conv_norm",
@@ -126,7 +127,7 @@ _conv_norm = operator(
 )
 
 
-@register_flop_formula(torch.ops.dyndet.conv)
+@register_flop_formula([torch.ops.dyndet.conv, torch.ops.dyndet.conv_norm])
 def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Two per multiply-add, of every row that there is room for."""
     out_channels, channels, height, width = weight

@@ -7,6 +7,8 @@ No operator of its own: what it computes depends on no gate, and torch different
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,11 +16,27 @@ from torch import Tensor
 from dyndet.layout import RowLayout
 
 
-def exchange(x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tensor, layout: RowLayout) -> Tensor:
-    """Adds to every level what its neighbours send.
+def received(down: Sequence[Tensor], up: Sequence[Tensor]) -> list[Tensor]:
+    """What each level receives from its neighbours.
 
-    `down` of level l travels to the coarser level l + 1, `up` to the finer level l - 1, resampled bilinearly to the
-    exact target size with aligned corners. The last `down` and the first `up` have no receiver.
+    `down[l]` travels to the coarser level l + 1, `up[l]` to the finer level l - 1, resampled bilinearly to the exact
+    target size with aligned corners, as published. The last `down` and the first `up` have no receiver.
+
+    Returns:
+        Per level the sum of what arrived, (B, C, H_l, W_l); zeros in a pyramid of a single level.
+    """
+    sums = []
+    for level, own in enumerate(down):
+        senders = [*(down[level - 1 : level] if level else []), *up[level + 1 : level + 2]]
+        arrived = [F.interpolate(x, size=own.shape[-2:], mode="bilinear", align_corners=True) for x in senders]
+        sums.append(
+            sum(arrived[1:], arrived[0]) if arrived else 0 * (own + up[level])
+        )  # so that senders have gradients
+    return sums
+
+
+def exchange(x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tensor, layout: RowLayout) -> Tensor:
+    """Adds to every level what it receives.
 
     Args:
         x: (P + 1, C) rows of the pyramid.
@@ -31,9 +49,5 @@ def exchange(x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tensor, la
     Returns:
         (P + 1, C), the last row zero.
     """
-    downs, ups, received = layout.maps(down), layout.maps(up), []
-    for level, shape in enumerate(layout.shapes):
-        senders = [*(downs[level - 1 : level] if level else []), *ups[level + 1 : level + 2]]
-        arrived = [F.interpolate(sender, size=shape, mode="bilinear", align_corners=True) for sender in senders]
-        received.append(sum(arrived[1:], arrived[0]) if arrived else downs[level].new_zeros(downs[level].shape))
-    return torch.addcmul(x * own.to(x.dtype), layout.rows(received).to(x.dtype), scale.to(x.dtype))
+    arrived = layout.rows(received(layout.maps(down), layout.maps(up)))
+    return torch.addcmul(x * own.to(x.dtype), arrived.to(x.dtype), scale.to(x.dtype))

@@ -27,7 +27,9 @@ def gate_logits(x: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
         (O, P), at least float32.
     """
     kernel = weight.shape[-1]
-    taps = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, weight.shape[1])  # what q adds to p is tap q - p of p
+    taps = (
+        weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, weight.shape[1]).to(x.dtype)
+    )  # what q adds to p is tap q - p of p
     positions, _ = x.split([layout.positions, 1])  # unlike a slice, one pass in the backward direction
     products = F.linear(positions, taps).t()
     products = products.to(torch.promote_types(products.dtype, torch.float32))

@@ -52,7 +52,7 @@ def group_norm(x: Tensor, norm: Norm, *, plan: Plan, relu: bool = False, impl: I
     how = resolve(impl, x.device)
     plan.check(how)
     scale, shift, *rest = norm
-    return _group_norm(x, scale, shift, plan.tensors, plan.layout.sizes, *rest, relu, how)[0]
+    return _group_norm(x.contiguous(), scale, shift, plan.tensors, plan.layout.sizes, *rest, relu, how)[0]
 
 
 class RowNorm(NamedTuple):
@@ -83,7 +83,7 @@ def empty_statistics(x: Tensor, layout: RowLayout, groups: int, stats: str) -> t
     return mean, torch.empty_like(mean)
 
 
-PLAN_AND_NORM = "Tensor[] plan, int[] sizes, int groups, float eps, str stats, bool relu, str impl"
+PLAN_AND_NORM = "Tensor[] plan, SymInt[] sizes, int groups, float eps, str stats, bool relu, str impl"
 _group_norm = operator(
     "group_norm",
     f"Tensor x, Tensor scale, Tensor shift, {PLAN_AND_NORM}",
@@ -91,4 +91,5 @@ _group_norm = operator(
     parse_norm,
     fake_norm,
     inputs=3,
+    rereads="relu",
 )

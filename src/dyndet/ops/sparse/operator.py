@@ -20,7 +20,9 @@ _LIBRARY = torch.library.Library("dyndet", "DEF")
 _SAVED = object()  # stands for a tensor
 
 
-def operator(name: str, arguments: str, outputs: str, parse: Function, fake: Function, *, inputs: int = 0) -> Function:
+def operator(
+    name: str, arguments: str, outputs: str, parse: Function, fake: Function, *, inputs: int = 0, rereads: str = ""
+) -> Function:
     """Registers `dyndet::NAME`, which calls NAME of a back end, and `dyndet::NAME_backward` for its gradient.
 
     Args:
@@ -32,7 +34,11 @@ def operator(name: str, arguments: str, outputs: str, parse: Function, fake: Fun
         inputs: how many first arguments have a gradient. NAME_backward of the back end takes (grad, needs, outputs,
             *arguments of NAME) and returns these gradients, in any float type; what `needs` does not ask for may be
             None.
+        rereads: the flag among the arguments with which NAME_backward reads the first output; it gets an empty one
+            otherwise, so that nothing keeps the result alive.
     """
+    types = [part.rpartition(" ")[0] for part in arguments.split(", ")]
+    flag = arguments.split(", ").index(f"bool {rereads}") if rereads else None
 
     def run(*values: Any) -> Any:
         return getattr(backend(values[-1]), name)(*parse(*values))
@@ -44,14 +50,12 @@ def operator(name: str, arguments: str, outputs: str, parse: Function, fake: Fun
     def run_backward(grad: Tensor, needs: Sequence[bool], outputs: Sequence[Tensor], *values: Any) -> list[Tensor]:
         execute = getattr(backend(values[-1]), f"{name}_backward")
         grads = execute(grad.contiguous(), needs, outputs, *parse(*values))
-        return [
-            found.to(value.dtype) if needed else grad.new_empty(0)
-            for value, found, needed in zip(values, grads, needs, strict=False)
-        ]
+        triples = zip(values, grads, needs, strict=False)
+        return [_like(value, found) if needed else grad.new_empty(0) for value, found, needed in triples]
 
     def fake_backward(grad: Tensor, needs: Sequence[bool], outputs: Sequence[Tensor], *values: Any) -> list[Tensor]:
         pairs = zip(values, needs, strict=False)
-        return [value.new_empty(value.shape) if needed else grad.new_empty(0) for value, needed in pairs]
+        return [torch.empty_like(value) if needed else grad.new_empty(0) for value, needed in pairs]
 
     schema = f"(Tensor grad, bool[] needs, Tensor[] outputs, {arguments}) -> Tensor[]"
     registered_backward = _register(f"{name}_backward", schema, run_backward, fake_backward)
@@ -59,25 +63,35 @@ def operator(name: str, arguments: str, outputs: str, parse: Function, fake: Fun
     def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         outputs = [output] if isinstance(output, Tensor) else list(output)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        if flag is None or not inputs[flag]:
+            outputs[0] = outputs[0].new_empty(0)
         leaves, ctx.structure = tree_flatten([outputs, *inputs])
         ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
         ctx.others = [_SAVED if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        lists = [x if isinstance(x, list) and all(isinstance(item, Tensor) for item in x) else None for x in inputs]
-        ctx.rest = [None if x is None else [None] * len(x) for x in lists]
+        ctx.nothing = [[None] * len(x) if kind == "Tensor[]" else None for x, kind in zip(inputs, types, strict=True)]
 
-    def gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return tuple(ctx.nothing)
         tensors, needs = iter(ctx.saved_tensors), list(ctx.needs_input_grad[:inputs])
         values = tree_unflatten([next(tensors) if leaf is _SAVED else leaf for leaf in ctx.others], ctx.structure)
         found = registered_backward(grad, needs, *values)
-        return *(value if needed else None for value, needed in zip(found, needs, strict=True)), *ctx.rest[inputs:]
+        return *(value if needed else None for value, needed in zip(found, needs, strict=True)), *ctx.nothing[inputs:]
 
     torch.library.register_autograd(f"dyndet::{name}", gradients, setup_context=setup, lib=_LIBRARY)
     return registered
 
 
 def _register(name: str, schema: str, run: Function, fake: Function) -> Function:
-    """Not `torch.library.custom_op`, whose checks cost as much as a small operation: results that alias are tested."""
+    """Not `torch.library.custom_op`, whose checks for aliases cost as much as a small operation: tests have them."""
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dyndet::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.dyndet, name).default
+
+
+def _like(value: Tensor, found: Tensor) -> Tensor:
+    """In the type and strides of `value`, which compilers count on and optimisers would copy to anyway."""
+    found = found.to(value.dtype)
+    return found if found.stride() == value.stride() else torch.empty_like(value).copy_(found)

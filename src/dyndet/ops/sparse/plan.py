@@ -83,8 +83,10 @@ class Plan:
 
     def bounds(self) -> list[tuple[int, int]] | None:
         """First and last + 1 row of every level, where the host knows them without waiting."""
-        if self.whole or not (self.exact and self.offsets.is_cpu):
-            return self.layout.levels if self.whole else None
+        if self.whole:
+            return self.layout.levels
+        if not (self.exact and self.offsets.is_cpu):
+            return None
         return list(pairwise(self.offsets[:: self.layout.batch].tolist()))
 
     def positions_reached(self) -> int:
@@ -137,6 +139,9 @@ def make_plans(
     how = resolve(impl, gate.device)
     exact = how == "torch" and not torch.compiler.is_compiling()
     tensors = _plan(gate, valid, layout.sizes, list(reaches), exact, how)
+    if not exact:
+        pairs = list(zip(tensors, _lengths(layout), strict=True))
+        tensors = [part[index, :length] for index in range(len(reaches)) for part, length in pairs]
     plans = []
     for index, share in enumerate(expected):
         trio = tensors[3 * index : 3 * index + 3]
@@ -156,11 +161,17 @@ def _parse(gate: Tensor, valid: Tensor | None, sizes: list[int], reaches: list[i
 def _fake(
     gate: Tensor, valid: Tensor | None, sizes: list[int], reaches: list[int], exact: bool, _: str
 ) -> list[Tensor]:
-    layout = RowLayout.from_sizes(sizes, gate.device)
-    lengths = (0, 0, 0) if exact else (layout.positions, layout.positions + 1, layout.segments + 1)
-    return [gate.new_empty(length, dtype=torch.int32) for _ in reaches for length in lengths]
+    if exact:
+        return [gate.new_empty(0, dtype=torch.int32) for _ in range(3 * len(reaches))]
+    lengths = _lengths(RowLayout.from_sizes(sizes, gate.device))
+    return [gate.new_empty(len(reaches), -(-length // 64) * 64, dtype=torch.int32) for length in lengths]
 
 
-# Positions, inverse and offsets of every reach; where the host is to know the count, empty ones of whole plans.
-_arguments = "Tensor gate, Tensor? valid, int[] sizes, int[] reaches, bool exact, str impl"
+def _lengths(layout: RowLayout) -> tuple[int, int, int]:
+    return layout.positions, layout.positions + 1, layout.segments + 1
+
+
+# Positions, inverse and offsets: where the host is to know the count, of every reach, empty ones of whole plans;
+# otherwise of all reaches in one, (reaches, P), (reaches, P + 1) and (reaches, S + 1) with room up to multiples of 64.
+_arguments = "Tensor gate, Tensor? valid, SymInt[] sizes, int[] reaches, bool exact, str impl"
 _plan = operator("plan", _arguments, "Tensor[]", _parse, _fake)

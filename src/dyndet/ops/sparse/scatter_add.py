@@ -45,7 +45,10 @@ def scatter_add(
     plan.check(how)
     gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
     scale, shift, *rest = norm
-    return _scatter_add(x, scale, shift, gate, residual, plan.tensors, plan.layout.sizes, *rest, relu, how)[0]
+    residual = None if residual is None else residual.contiguous()
+    return _scatter_add(
+        x.contiguous(), scale, shift, gate, residual, plan.tensors, plan.layout.sizes, *rest, relu, how
+    )[0]
 
 
 def _parse(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, residual: Tensor | None, *rest: Any) -> Any:
@@ -62,8 +65,9 @@ def _fake(x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, residual: Tenso
 _scatter_add = operator(
     "scatter_add",
     f"Tensor x, Tensor scale, Tensor shift, Tensor gate, Tensor? residual, {PLAN_AND_NORM}",
-    "(Tensor, Tensor, Tensor, Tensor)",  # map rows, normalised rows or nothing where they are taken again, statistics
+    "(Tensor, Tensor, Tensor, Tensor)",  # map rows, normalised rows (kernels: none, taken again), statistics
     _parse,
     _fake,
     inputs=5,
+    rereads="relu",
 )

@@ -1,6 +1,7 @@
 """The sparse operations by the Triton kernels, without autograd: the one door to `dyndet.kernels`.
 
-The same functions as `torch_backend`. Nothing reads a value, so that a CUDA graph can be captured of all of them.
+The functions of `torch_backend`, and `conv_norm` and `tile_rows`. Nothing reads a value, so that a CUDA graph can be
+captured of all of them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from dyndet.ops.sparse.tables import neighbours, segment
 
 
 def plan(gate: Tensor, valid: Tensor | None, layout: RowLayout, reaches: Sequence[int], exact: bool) -> list[Tensor]:
-    """See `torch_backend.plan`; always of capacity P, its spare positions undefined."""
-    found = kernels.plan(gate, valid, neighbours(layout), segment(layout), layout.segments, reaches)
-    return [tensor.clone() for trio in found for tensor in trio]  # results of an operator must not overlap
+    """See `torch_backend.plan`; never exact, spare positions undefined."""
+    return list(kernels.stacked_plans(gate, valid, neighbours(layout), segment(layout), layout.segments, reaches))
 
 
 def conv(x: Tensor, layer: Layer) -> Tensor:
@@ -56,7 +56,7 @@ def conv_backward(grad: Tensor, needs: Sequence[bool], _: object, x: Tensor, lay
         grad_x = run(grad, weight, None, source.positions, target.inverse, table, source.offsets, transposed=True)
     if needs[1] or needs[2]:
         grad_weight, grad_bias = run_weight(x, grad, *_where(source, target))
-        grad_bias = grad_bias.clone()  # an operator must not return parts of one buffer
+        grad_bias = grad_bias.clone() if needs[2] else None  # an operator must not return parts of one buffer
     return grad_x, grad_weight, grad_bias
 
 

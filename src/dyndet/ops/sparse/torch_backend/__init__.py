@@ -1,4 +1,4 @@
-"""The sparse operations in plain torch, without autograd; `triton_backend` has the same functions.
+"""The sparse operations in plain torch, without autograd; `triton_backend` has these functions as well.
 
 They take plans as they are; rows of a plan from its count on are neither read nor defined. NAME_backward(grad, needs,
 outputs, *arguments of NAME) returns the gradients of its first arguments, see `operator`.

@@ -86,6 +86,8 @@ def _select(rows: Tensor, plan: Plan) -> Tensor:
 
 def _places(plan: Plan) -> Tensor:
     """Int64 positions; P for spare rows."""
+    if plan.exact:
+        return plan.positions.long()
     index = torch.arange(plan.capacity, dtype=torch.int32, device=plan.positions.device)
     return torch.where(index < plan.count, plan.positions, plan.layout.positions).long()
 
@@ -107,14 +109,14 @@ def _gather_backward(grad: Tensor, needs: Sequence[bool], x: Tensor, layer: Laye
     out_channels, channels = layer.weight.shape[:2]
     sums = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.zeros_like(x, dtype=sums) if needs[0] else None
-    grad_kernel = x.new_zeros(out_channels, 9 * channels, dtype=sums)
+    grad_kernel = x.new_zeros(out_channels, 9 * channels, dtype=sums) if needs[1] else None
     kernel = _matrix(layer.weight)
     products: Tensor | None = None
     for start, stop, index, patches in _patches(x, layer, sums):
         part = grad[start:stop]
-        if needs[1] and sums == x.dtype:
+        if grad_kernel is not None and sums == x.dtype:
             grad_kernel.addmm_(part.t(), patches)
-        elif needs[1]:
+        elif grad_kernel is not None:
             grad_kernel += part.t() @ patches
         if grad_x is not None:
             products = torch.empty_like(patches) if products is None else products  # the first chunk is the largest
@@ -122,8 +124,9 @@ def _gather_backward(grad: Tensor, needs: Sequence[bool], x: Tensor, layer: Laye
             grad_x.scatter_add_(0, index.view(-1, 1).expand_as(rows), rows)  # in parallel
     if grad_x is not None:
         grad_x[-1] = 0  # collected what fell outside
-    grad_weight = grad_kernel.view(out_channels, 3, 3, channels).permute(0, 3, 1, 2)
-    return grad_x, grad_weight, grad[: layer.target.rows].sum(0)
+    if grad_kernel is not None:
+        grad_kernel = grad_kernel.view(out_channels, 3, 3, channels).permute(0, 3, 1, 2)
+    return grad_x, grad_kernel, grad[: layer.target.rows].sum(0) if needs[2] else None
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def group_norm(x: Tensor, how: RowNorm) -> tuple[Tensor, Tensor, Tensor]:
     return out, mean, rstd
 
 
-def group_norm_backward(grad: Tensor, _: object, outputs: Sequence[Tensor], x: Tensor, how: RowNorm) -> Gradients:
+def group_norm_backward(grad: Tensor, needs: Any, outputs: Sequence[Tensor], x: Tensor, how: RowNorm) -> Gradients:
     """Gradients of x, scale and shift."""
     norm, plan, relu = how
     y, mean, rstd = outputs

@@ -13,22 +13,22 @@ from dyndet.ops.sparse.tables import neighbours, starts
 
 
 def plan(gate: Tensor, valid: Tensor | None, layout: RowLayout, reaches: Sequence[int], exact: bool) -> list[Tensor]:
-    """Positions, inverse and offsets of every reach, see `make_plans`.
+    """Positions, inverse and offsets, see the operator.
 
-    `exact`: the capacity is the number of rows, and plans of all positions are three empty tensors; otherwise it is P,
-    and spare rows stand for P.
+    `exact`: the capacity is the number of rows; otherwise it is P, and spare rows stand for P.
     """
     opened = gate > 0
-    index = opened.nonzero().view(-1)
-    found: list[Tensor] = []
+    found: list[list[Tensor]] = []
     for reach in reaches:
         active = opened
-        if reach and len(index) < len(opened):  # nine indices per open gate
-            near = neighbours(layout).index_select(0, index).view(-1)
+        if reach:  # nine indices per open gate
+            near = neighbours(layout).index_select(0, opened.nonzero().view(-1)).view(-1)
             active = opened.new_zeros(len(opened) + 1).index_fill_(0, near.long(), True)[:-1]
         active = active if valid is None else active & valid
-        found += _exact(active, layout) if exact else _roomy(active, layout)
-    return found
+        found.append(_exact(active, layout) if exact else _roomy(active, layout))
+    if exact:
+        return [part for trio in found for part in trio]
+    return [F.pad(torch.stack(parts), (0, -len(parts[0]) % 64)) for parts in zip(*found, strict=True)]
 
 
 def _exact(active: Tensor, layout: RowLayout) -> list[Tensor]:
@@ -48,4 +48,4 @@ def _roomy(active: Tensor, layout: RowLayout) -> list[Tensor]:
     positions = before.new_full((size + 1,), size)
     index = torch.arange(size, dtype=torch.int32, device=layout.device)
     positions.index_copy_(0, inverse[:-1].long(), index)  # inactive ones all land in the spare last place
-    return [positions[:-1].clone(), inverse, before[starts(layout).long()]]
+    return [positions[:-1], inverse, before[starts(layout).long()]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ def scatter_add(
     plan, relu = how.plan, how.relu
     normal, mean, rstd = group_norm(x, how._replace(relu=False))
     like = x if residual is None else residual
-    y = like.new_empty(len(gate) + 1, x.shape[1])
     if plan.whole:  # one pass, no indices
+        y = like.new_empty(len(gate) + 1, x.shape[1])
         rows, factor = normal[:-1].to(like.dtype), gate[:, None].to(like.dtype)
         if residual is None:
             torch.mul(rows, factor, out=y[:-1])
@@ -31,7 +32,7 @@ def scatter_add(
         active = plan.positions[: plan.rows].long()
         rows = (normal[: len(active)] * gate.index_select(0, active)[:, None].to(x.dtype)).to(like.dtype)
         if residual is None:
-            y.zero_()
+            y = like.new_zeros(len(gate) + 1, x.shape[1])
         else:
             rows.add_(residual.index_select(0, active))
             y = residual.relu() if relu else residual.clone()
@@ -41,7 +42,7 @@ def scatter_add(
 
 
 def scatter_add_backward(
-    grad: Tensor, _: object, outputs: Sequence[Tensor], x: Tensor, how: RowNorm, gate: Tensor, residual: Tensor | None
+    grad: Tensor, needs: Any, outputs: Sequence[Tensor], x: Tensor, how: RowNorm, gate: Tensor, residual: Tensor | None
 ) -> Gradients:
     """Gradients of x, scale, shift, gate and the residual."""
     plan = how.plan
@@ -54,8 +55,8 @@ def scatter_add_backward(
     part = (grad[:-1] if active is None else grad.index_select(0, active)).to(x.dtype)
     opened = gate if active is None else gate.index_select(0, active)
     of_rows = part * opened[:, None].to(x.dtype)
-    grads = group_norm_backward(of_rows, _, outputs[1:], x, how._replace(relu=False))
+    grads = group_norm_backward(of_rows, needs, outputs[1:], x, how._replace(relu=False))
     grad_gate = (part * normal[: len(part)]).sum(1).to(gate.dtype)
     if active is not None:
         grad_gate = torch.zeros_like(gate).index_copy_(0, active, grad_gate)
-    return *grads, grad_gate, grad
+    return *grads, grad_gate, None if residual is None else grad
