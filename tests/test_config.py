@@ -259,3 +259,21 @@ def test_parts_that_do_not_fit_are_named(overrides: list[str], words: list[str])
         build_detector(None, overrides)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words)
+
+
+def test_an_experiments_keys_do_not_turn_a_part_into_another() -> None:
+    """Those of the experiment lie on top of what is chosen on the command line."""
+    swin = "swin_tiny_patch4_window7_224.ms_in1k"
+    with pytest.raises(UserError, match=r"backbone=swin_tiny: .*name=resnet101.* add backbone\.name=swin"):
+        compose_experiment("atss_r101_dyn", ["backbone=swin_tiny"])
+    assert compose_experiment("atss_r101_dyn", ["backbone=swin_tiny", f"backbone.name={swin}"]).backbone.name == swin
+    assert compose_experiment("bccd_dyn", ["backbone=swin_tiny"]).backbone.name == swin
+
+
+def test_a_key_for_another_part_says_how_to_drop_it() -> None:
+    config = compose_experiment("fcos_d8_dyn", ["head=fixed"])
+    with pytest.raises(
+        UserError, match=r"head\.cost_table: FixedHead has no argument 'cost_table'; ~head\.cost_table "
+    ):
+        build(config.detector)
+    assert "cost_table" not in compose_experiment("fcos_d8_dyn", ["head=fixed", "~head.cost_table"]).head

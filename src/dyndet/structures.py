@@ -141,10 +141,10 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, index: Tensor) -> ImageBatch:
-        """Some of the images: (N,) int64 on the CPU."""
+    def __getitem__(self, index: Tensor | slice) -> ImageBatch:
+        """Some of the images: (N,) int64 on the CPU, or a slice, whose pixels are a view."""
         offsets = None if self.offsets is None else self.offsets[index]
-        pixels = self.pixels[index.to(self.pixels.device)]
+        pixels = self.pixels[index if isinstance(index, slice) else index.to(self.pixels.device)]
         return ImageBatch(pixels, self.sizes[index], self.original_sizes[index], offsets)
 
     def to(self, device: torch.device | str) -> ImageBatch:

@@ -58,7 +58,7 @@ def train(config: DictConfig) -> dict[str, float]:
         for name in ("backbone", "neck"):  # static graphs; the head routes
             module.detector.get_submodule(name).compile()
     loggers, callbacks = (
-        [build(item) for item in (config.get(group) or {}).values() if item is not None]
+        [build(item) for item in (config.get(group) or {}).values() if item and "_target_" in item]
         for group in ("logger", "callbacks")
     )
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)

@@ -37,8 +37,8 @@ class NearestPredictor(AnchorPredictor):
         counts = matched.labels >= 0 if trained is None else (matched.labels >= 0) & trained
         positive = counts & (matched.labels < self.num_classes)
         number = positive.sum().clamp(min=1)
-        wanted = F.one_hot(matched.labels.clamp(min=0), self.num_classes + 1)[..., :-1].float()
-        cls = sigmoid_focal_loss(flat_levels(raw, "cls", self.num_classes), wanted).sum(-1)
+        one_hot = F.one_hot(matched.labels.clamp(min=0), self.num_classes + 1)[..., :-1].float()
+        cls = sigmoid_focal_loss(flat_levels(raw, "cls", self.num_classes), one_hot).sum(-1)
         anchors = torch.cat(levels).expand(len(targets), -1, -1)[positive]
         deltas = self.coder.encode(anchors, matched.boxes[positive])
         box = F.l1_loss(flat_levels(raw, "box", 4)[positive], deltas, reduction="sum")

@@ -29,5 +29,6 @@ class SpotHead(nn.Module):
     def forward(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> HeadOutput:
         gates = [self.gate(x).sigmoid() for x in features]
         gates = [g * (g > self.gate_threshold) for g in gates]
+        gates = gates if valid is None else [g * area for g, area in zip(gates, valid, strict=True)]
         maps = [F.relu(x + g * self.conv(x)) for x, g in zip(features, gates, strict=True)]
         return HeadOutput(maps, maps, Routing.of([self.path], gates, valid))

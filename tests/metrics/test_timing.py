@@ -42,7 +42,7 @@ def test_head_and_twin_take_turns_on_the_same_features(
         found = timing.time_head(detector, batches, impl="gather", rounds=2)
     finally:
         handle.remove()
-    assert (found.ratio, found.batches, found.impl) == (0.75, 2, "gather")
+    assert (found.ratio, found.batches) == (0.75, 2)
     assert head.execute("auto") == "auto"  # as it was
     assert [kind for kind, _ in seen] == [FineGrainedHead, FixedHead] * 5  # a pair to warm up, two for each batch
     for (_, routed), (_, fixed) in zip(seen[::2], seen[1::2], strict=True):

@@ -38,7 +38,11 @@ def check_arguments(config: Any) -> None:
     if not isinstance(config, DictConfig) or OmegaConf.is_missing(config, "_target_"):
         return
     accepted = _accepted(config["_target_"]) if "_target_" in config else {}
+    names = _names(config["_target_"]) if "_target_" in config else None
     for key in config:
+        if names is not None and key not in names and not str(key).startswith("_"):
+            path, part = config._get_full_key(key), config["_target_"].rpartition(".")[2]
+            raise UserError(f"{path}: {part} has no argument {str(key)!r}; ~{path} drops what an experiment set")
         if OmegaConf.is_missing(config, key):
             continue
         value = config[key]
@@ -57,6 +61,17 @@ def _source(config: DictConfig, key: Any) -> str:
     raw = OmegaConf.to_container(config, resolve=False)
     link = re.fullmatch(r"\$\{(\w[\w.]*)\}", str(raw[key])) if isinstance(raw, dict) else None
     return link.group(1) if link else str(config._get_full_key(key))
+
+
+@functools.cache
+def _names(target: str) -> frozenset[str] | None:
+    """The arguments of one of dyndet's own parts; None where it takes any, or is not ours to explain."""
+    try:
+        parameters = inspect.signature(resolve_name(target)).parameters.values()
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return None
+    anything = any(item.kind is item.VAR_KEYWORD for item in parameters)
+    return None if anything or not target.startswith("dyndet.") else frozenset(item.name for item in parameters)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from dyndet.cli.compose import config_source, explain
+from dyndet.cli.compose import check_choices, config_source, explain
 from dyndet.cli.renamed import current
 from dyndet.errors import UserError
 
@@ -72,6 +72,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     def job(config: DictConfig) -> object:
         try:
             _require_all(config)
+            check_choices(config, HydraConfig.get().overrides.task)
             with _standing_alone():
                 return task(config)
         # Caught here, because Hydra would announce it with a line of its own.

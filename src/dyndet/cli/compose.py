@@ -50,9 +50,28 @@ def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
         for note in notes:
             warnings.warn(note, FutureWarning, stacklevel=2)
     try:
-        return _compose(command, arguments)
+        config = _compose(command, arguments)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, arguments, command)) from error
+    check_choices(config, arguments)
+    return config
+
+
+def check_choices(config: DictConfig, arguments: Sequence[str]) -> None:
+    """Whether chosen parts are what they are called: an experiment's own keys lie on top of them.
+
+    Raises:
+        UserError: where a part has another `name` than the option that was chosen on the command line.
+    """
+    source = DyndetConfigSource("dyndet", "dyndet://conf")
+    keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
+    for argument, group in zip(arguments, keys, strict=True):
+        option = f"{group}/{argument.partition('=')[2]}"
+        if OmegaConf.is_config(config.get(group)) and f"{group}.name" not in keys and source.is_config(option):
+            chosen = source.load_config(option).config
+            name, now = OmegaConf.select(chosen, "name"), OmegaConf.select(config, f"{group}.name")
+            if name not in (None, now):
+                raise UserError(f"{argument}: the experiment sets {group}.name={now} on top: add {group}.name={name}")
 
 
 def config_source(command: str) -> str:
@@ -106,7 +125,8 @@ def build(config: Any, **more: Any) -> Any:
             target = re.search(r"Error locating target '([^']+)'", str(error))
             if target and (now := replacement(target.group(1))):
                 cause = f"{target.group(1)} is now {now}"
-            raise UserError(f"{where.group(1) if where else 'config'}: {cause}") from error
+            place = where.group(1) if where else "config"
+            raise UserError(f"{place}: {cause}") from error
         raise
 
 
@@ -147,6 +167,8 @@ def explain(error: Exception, arguments: Sequence[str], command: str = "train") 
         return f"{missing_value.group(1)} must be given: add {missing_value.group(1)}=... to the command"
     link = re.search(r"Interpolation key '([^']+)' not found", text)
     if link:
+        if now := replacement(link.group(1)):
+            return f"the configuration refers to {link.group(1)}, which is now {now}"
         part = link.group(1).split(".")[0]
         return f"the configuration refers to {link.group(1)}, which this {part} does not have: choose one that fits"
     return " ".join(text.split())

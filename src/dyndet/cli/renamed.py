@@ -36,7 +36,8 @@ RENAMED: dict[str, str] = {
     "experiment=mask_rcnn_swins": f"+experiment=mask_rcnn_swint {_SWIN_S}",
     "experiment=dyhead_bifpn_r50": ("+experiment=atss_r50 neck=bifpn neck.channels=256 neck.num_layers=3 head=dyhead"),
     "experiment=dyhead_fine_grained_r50": (
-        "+experiment=atss_r50 head=dyhead_fine_grained head.towers.depth=4 budget.weight=0.1"
+        "+experiment=atss_r50 head=dyhead_fine_grained head.towers.depth=4 head.towers.cost_table=published "
+        "budget.weight=0.1"
     ),
     "experiment=retinanet_swint_dyn": (
         "+experiment=retinanet_r50_dyn preprocess.pad_multiple=128 backbone=swin_tiny backbone.norm=train "
@@ -58,7 +59,7 @@ RENAMED: dict[str, str] = {
     "experiment=shapes_atss": "+experiment=shapes_dyn head=plain_small predictor=atss_small",
     "experiment=shapes_retinanet": "+experiment=shapes_dyn head=plain_small predictor=retinanet_small",
     # options that are another one and a key
-    "head=coarse": "head=fine_grained head.coarse=true",
+    "head=coarse": "head=fine_grained head.coarse=true head.cost_table=published",
     "head=coarse_small": "head=fine_grained_small head.coarse=true",
     "predictor=yolo_small": "predictor=yolo_p5_small",
     "preprocess=imagenet_128": "preprocess=imagenet preprocess.pad_multiple=128",
@@ -75,6 +76,7 @@ RENAMED: dict[str, str] = {
     "backbone=efficientnet_b1": (
         "backbone=resnet50 backbone.name=tf_efficientnet_b1.aa_in1k backbone.frozen_stages=-1 backbone.norm=train"
     ),
+    "budget=default": "budget._target_=dyndet.models.budget.Budget",  # no group any more: there was one option
     "detector=cascade": "detector=dynamic",
     "detector=cascade_two_stage": "detector=dynamic_two_stage",
     "callbacks=ema_yolo": "callbacks=[default,ema] callbacks.ema.decay=0.9999 callbacks.ema.ramp=2000",
@@ -90,6 +92,7 @@ RENAMED: dict[str, str] = {
     "dyndet.models.cascade": "dyndet.models.dynamicdet",
     "dyndet.models.detectors.cascade": "dyndet.models.detectors.dynamic",
     "dyndet.models.detectors.cascade.assemble_cascade": "dyndet.models.detectors.dynamic.assemble_dynamic",
+    "dyndet.models.detectors.dynamic.assemble_cascade": "dyndet.models.detectors.dynamic.assemble_dynamic",
     "dyndet.models.predictors.assign": "dyndet.models.predictors.fcos_assign",
     "dyndet.models.predictors.yolo": "dyndet.models.predictors.yolo_predictor",
     "dyndet.models.two_stage.cascade": "dyndet.models.two_stage.cascade_rcnn",
@@ -108,7 +111,10 @@ def current(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     now, notes = [], []
     for argument in arguments:
-        new = RENAMED.get(argument.lstrip("+"))
+        old = argument.lstrip("+")
+        new = RENAMED.get(old)
+        if new is not None and old.startswith("experiment="):  # runs stay in the folder of that name
+            new = f"{new} name={old.removeprefix('experiment=')}"
         now += [argument] if new is None else new.split()
         notes += [] if new is None else [f"{argument} is now: {new}"]
     return now, notes

@@ -16,7 +16,7 @@ class Collate:
     Masks keep the size of their image: padding holds no objects.
 
     Args:
-        pad_multiple: the largest stride of the detector, in pixels.
+        pad_multiple: in pixels, see `Preprocess`.
     """
 
     def __init__(self, pad_multiple: int = 32) -> None:

@@ -67,7 +67,7 @@ class HostCountedAverage(AveragedModel):
         for average, current in zip(ours, chain(model.parameters(), model.buffers()), strict=True):
             averages, currents = groups.setdefault((average.device, average.dtype), ([], []))
             averages.append(average)
-            currents.append(current.to(average.device))
+            currents.append(current.to(average.device, average.dtype))
         for (_, dtype), (averages, currents) in groups.items():
             if self.updates and dtype.is_floating_point:
                 torch._foreach_lerp_(averages, currents, 1 - self.decay(self.updates))  # pyright: ignore[reportPrivateImportUsage]

@@ -104,7 +104,8 @@ class ComputeReport:
         scalars |= {f"macs/{part}_mean": value for part, value in self.parts.items() if part != "head"}
         scalars |= {f"gates/{self.gate_name(key)}": share for key, share in self.open.items()}
         if self.open:
-            scalars |= {"macs/head_executed_mean": self.executed, "macs/head_asked_mean": self.asked}
+            if self.executed > 0:  # heads of one's own may not say
+                scalars |= {"macs/head_executed_mean": self.executed, "macs/head_asked_mean": self.asked}
             scalars |= {"gates/dead": float(len(self.dead)), "gates/always_open": float(len(self.always_open))}
         return scalars
 

@@ -166,7 +166,7 @@ def preview(
     score_threshold: float = 0.3,
     min_side: int = MIN_SIDE,
 ) -> Image.Image:
-    """One strip: ground truth, detections, compute map, then the depth gates of every level. None leaves panels out.
+    """One strip: ground truth, detections, compute map, the dearest path's gates by level. None leaves panels out.
 
     Args:
         image: (3, H, W) of the batch, maybe padded.

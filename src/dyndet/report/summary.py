@@ -46,7 +46,7 @@ def print_summary(
         )
     if report.hard is not None:
         console.print(f"routes: {report.hard:.1%} of the images took the hard route", highlight=False)
-    if report.open:
+    if report.open and report.executed > 0:  # heads of one's own may not say
         console.print(
             f"gated convolutions: {report.asked / 1e9:.3f} GMAC asked for, {report.executed / 1e9:.3f} computed, tiles "
             "and dense runs included",

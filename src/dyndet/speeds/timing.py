@@ -24,12 +24,10 @@ class HeadTiming:
     Attributes:
         ratio: median over batches.
         batches: number of batches, each timed `rounds` times in turn.
-        impl: the execution of the head.
     """
 
     ratio: float
     batches: int
-    impl: Impl
 
 
 @torch.no_grad()
@@ -72,7 +70,7 @@ def time_head(detector: PyramidDetector, batches: Iterable[Batch], *, impl: Impl
     finally:
         if isinstance(head, SwitchableHead) and before is not None:
             head.execute(before)
-    return HeadTiming(statistics.median(ratios), len(ratios), impl)
+    return HeadTiming(statistics.median(ratios), len(ratios))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A backbone stage by stage: what a cascade needs to feed one backbone's maps into another."""
+"""A backbone stage by stage: what a dynamic detector needs to feed one backbone's maps into another."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def timm_stages(body: Any) -> list[list[tuple[str, nn.Module]]]:
         items += [(f"blocks.{index}", block) for index, block in enumerate(blocks)]
     else:
         raise UserError(
-            f"backbone {type(wrapped or body).__name__} cannot be run stage by stage, as a cascade needs it: choose "
-            "one such as resnet50, swin_tiny_patch4_window7_224 or efficientnet_b1"
+            f"backbone {type(wrapped or body).__name__} cannot be run stage by stage, as a dynamic detector "
+            "needs it: choose one such as resnet50, swin_tiny_patch4_window7_224 or efficientnet_b1"
         )
     infos = cast(Any, body.feature_info).info  # of timm
     ends = {name for info in infos for name in (info["module"], info["module"].replace(".", "_"))}

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from dyndet.errors import UserError, reason
 from dyndet.models.backbones.deformable import DeformConv
 
-_CLASSIFIER = ("classifier.", "fc.", "head.", "_fc.")
-
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or torch file, read without executing anything in it.

@@ -109,7 +109,9 @@ class ChainedHead(Protocol):
 
 def routed_part(head: Head) -> Head:
     """The part that may route: of a chain its last one, otherwise the head itself."""
-    return head.routed if isinstance(head, ChainedHead) else head
+    while isinstance(head, ChainedHead):
+        head = head.routed
+    return head
 
 
 class Predictor(Protocol):

@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
         """Of one image, as a batch; without its routing."""
         here = slice(index, index + 1)
         return Outputs(
-            self.batch[torch.tensor([index])],
+            self.batch[here],
             self.targets[here],
             None if self.valid is None else [mask[here] for mask in self.valid],
             HeadOutput([x[here] for x in self.head.cls], [x[here] for x in self.head.reg]),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from dyndet.errors import UserError
 from dyndet.models.detectors.base import Branch, Head
 from dyndet.models.heads.branches import BRANCHES, with_branches
 from dyndet.structures import HeadOutput, Target
@@ -36,7 +37,7 @@ class HeadChain(nn.Module):
         branches: Sequence[Branch] = BRANCHES,
     ) -> None:
         super().__init__()
-        self.attention = attention(channels=channels)
+        self.attention = _one_branch(attention)(channels=channels)
         self.towers = with_branches(towers, branches)(channels=channels)
 
     def forward(
@@ -64,3 +65,11 @@ class HeadChain(nn.Module):
     def lead(self, features: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The attended maps, L x (B, C, H, W)."""
         return self.attention(features, valid).cls
+
+
+def _one_branch(head: Callable[..., Head]) -> Callable[..., Head]:
+    """Of the first head only the features for classification are read: no others are built, where there is a choice."""
+    try:
+        return with_branches(head, ["cls"])
+    except UserError:
+        return head  # one map for both

@@ -51,6 +51,7 @@ class AnchorPredictor(nn.Module, ABC):
     """
 
     reads: tuple[Branch, ...] = ("cls", "reg")
+    assigner: Assigner
 
     def __init__(
         self,
@@ -140,20 +141,14 @@ class AnchorPredictor(nn.Module, ABC):
         return level_shares(positions, self._trained(valid))
 
     def positive_anchors(self, raw: RawMaps, targets: Sequence[Target], trained: Tensor | None) -> Tensor:
-        """(B, P) bool, the anchors that answer for objects.
+        """(B, P) bool, the anchors that answer for objects, by `self.assigner` unless a subclass knows better.
 
         Args:
             raw: from `forward`.
             targets: per image, without crowd.
             trained: from `trained_anchors`.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say which of its anchors are positive")
-
-    def matched_anchors(
-        self, assigner: Assigner, raw: RawMaps, targets: Sequence[Target], trained: Tensor | None
-    ) -> Tensor:
-        """`positive_anchors` by an assigner."""
-        labels = self.match(assigner, self.level_anchors(raw), targets, trained).labels
+        labels = self.match(self.assigner, self.level_anchors(raw), targets, trained).labels
         positive = (labels >= 0) & (labels < self.num_classes)
         return positive if trained is None else positive & trained
 

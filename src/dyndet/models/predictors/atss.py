@@ -122,8 +122,5 @@ class ATSS(AnchorPredictor):
         loss_centerness = (quality / divisor[:, None].expand_as(labels)[positive]).sum()
         return {"cls": loss_cls, "box": loss_box, "centerness": loss_centerness}
 
-    def positive_anchors(self, raw: RawMaps, targets: Sequence[Target], trained: Tensor | None) -> Tensor:
-        return self.matched_anchors(self.assigner, raw, targets, trained)
-
     def final_scores(self, probabilities: Tensor, level: dict[str, Tensor]) -> Tensor:
         return probabilities * flat(level["centerness"], 1).sigmoid()

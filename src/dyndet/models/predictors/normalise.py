@@ -18,8 +18,8 @@ class Normaliser(nn.Module):
     Args:
         mode: "images": the sum over images of max(positives, 1), mean over processes (mmdetection). "total":
             max(positives of the batch, mean over processes, 1) (the authors' ATSS, FCOS). "ema": a moving average of
-            the batch's max(positives, 1), of this process (detectron2). "per_image": each image by its own
-            max(positives, 1), then the mean over images (torchvision).
+            the batch's max(positives, 1), of one process (detectron2; of several, the first one). "per_image": each
+            image by its own max(positives, 1), then the mean over images (torchvision).
         momentum: of the moving average.
         start: of the moving average (100 RetinaNet, 300 FCOS).
     """

@@ -112,6 +112,3 @@ class RetinaNet(AnchorPredictor):
         away = F.smooth_l1_loss(flat_levels(raw, "box", 4)[positive], deltas, reduction="none", beta=self.beta)
         share = cast(Tensor, divisor[:, None].expand_as(labels))[positive]
         return {"cls": loss_cls, "box": self.box_weight * (away.sum(1) / share).sum()}
-
-    def positive_anchors(self, raw: RawMaps, targets: Sequence[Target], trained: Tensor | None) -> Tensor:
-        return self.matched_anchors(self.assigner, raw, targets, trained)
