@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyndet.models.heads import fine_grained
+from dyndet.models.heads import density, fine_grained
 from dyndet.models.heads.fine_grained import FineGrainedHead
-from dyndet.ops.sparse import Plan, RowLayout, backend, choose, density
+from dyndet.ops.sparse import Plan, RowLayout, backend, choose
 from dyndet.structures import HeadOutput
 
 SHAPES = ((8, 8), (4, 4))

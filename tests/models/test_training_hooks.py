@@ -74,7 +74,7 @@ def test_a_head_sees_targets_in_training_alone_and_adds_its_losses(predictor: st
     assert head.seen[1:] == [None] * 3
 
 
-@pytest.mark.parametrize("predictor", ["fcos_small", "atss_small", "yolo_small", "faster_rcnn_small"])
+@pytest.mark.parametrize("predictor", ["fcos_small", "atss_small", "yolo_p5_small", "faster_rcnn_small"])
 def test_nothing_is_detected_where_nothing_was_computed(predictor: str) -> None:
     detector, head = taught(predictor)
     for name, parameter in detector.named_parameters():
@@ -120,7 +120,7 @@ class Asking(Budget):
         return super().forward(routing, targets=targets, positives=positives)
 
 
-@pytest.mark.parametrize("predictor", ["fcos_small", "retinanet_small", "yolo_small", "faster_rcnn_small"])
+@pytest.mark.parametrize("predictor", ["fcos_small", "retinanet_small", "yolo_p5_small", "faster_rcnn_small"])
 def test_a_budget_may_ask_for_targets_and_positives(predictor: str) -> None:
     detector, _ = taught(predictor)
     detector.budget = budget = Asking(0.5)

@@ -18,19 +18,17 @@ from torch import Tensor, nn
 from dyndet.layout import RowLayout
 from dyndet.models.detectors.base import Branch
 from dyndet.models.heads.branches import BRANCHES, check_branches
+from dyndet.models.heads.density import DensityEstimate, NodeDensity, counted_later
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh, gate_logits
 from dyndet.models.heads.init import check_groups
 from dyndet.models.heads.paths import DepthPath, ScalePath
 from dyndet.ops.sparse import (
-    DensityEstimate,
     Impl,
-    NodeDensity,
     Plan,
     Stats,
     autocast_dtype,
     check_impl,
-    counted_later,
     exchange,
     make_plans,
     sending,

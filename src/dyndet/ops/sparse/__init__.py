@@ -18,7 +18,6 @@ node each; they run in plain torch (`torch_backend`) or by the Triton kernels (`
 from dyndet.layout import RowLayout
 from dyndet.ops.sparse.backend import IMPLS, Impl, Stats, SwitchableHead, autocast_dtype, check_impl, choose
 from dyndet.ops.sparse.conv import conv, conv_work
-from dyndet.ops.sparse.density import DensityEstimate, NodeDensity, counted_later
 from dyndet.ops.sparse.exchange import exchange, received
 from dyndet.ops.sparse.gate_logits import gate_logits
 from dyndet.ops.sparse.group_norm import Norm, group_norm
@@ -28,9 +27,7 @@ from dyndet.ops.sparse.tables import sending
 
 __all__ = [
     "IMPLS",
-    "DensityEstimate",
     "Impl",
-    "NodeDensity",
     "Norm",
     "Plan",
     "RowLayout",
@@ -41,7 +38,6 @@ __all__ = [
     "choose",
     "conv",
     "conv_work",
-    "counted_later",
     "exchange",
     "gate_logits",
     "group_norm",

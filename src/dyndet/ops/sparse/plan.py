@@ -140,7 +140,7 @@ def make_plans(
     exact = how == "torch" and not torch.compiler.is_compiling()
     tensors = _plan(gate, valid, layout.sizes, list(reaches), exact, how)
     if not exact:
-        pairs = list(zip(tensors, _lengths(layout), strict=True))
+        pairs = list(zip(tensors, _room(layout), strict=True))
         tensors = [part[index, :length] for index in range(len(reaches)) for part, length in pairs]
     plans = []
     for index, share in enumerate(expected):
@@ -163,11 +163,11 @@ def _fake(
 ) -> list[Tensor]:
     if exact:
         return [gate.new_empty(0, dtype=torch.int32) for _ in range(3 * len(reaches))]
-    lengths = _lengths(RowLayout.from_sizes(sizes, gate.device))
+    lengths = _room(RowLayout.from_sizes(sizes, gate.device))
     return [gate.new_empty(len(reaches), -(-length // 64) * 64, dtype=torch.int32) for length in lengths]
 
 
-def _lengths(layout: RowLayout) -> tuple[int, int, int]:
+def _room(layout: RowLayout) -> tuple[int, int, int]:
     return layout.positions, layout.positions + 1, layout.segments + 1
 
 
