@@ -11,7 +11,7 @@ import torch
 from released_layouts import RELEASES, marked
 from torch import Tensor
 
-from commands import command, forked
+from commands import forked
 from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.convert import read_release
 from dyndet.convert.__main__ import convert
@@ -245,7 +245,7 @@ def test_the_source_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_the_command_line_answers_in_one_line(tmp_path: Path) -> None:
-    done = command(tmp_path, "convert", "source=nothing.pth", "out=converted.ckpt")
+    done = forked(tmp_path, "convert", "source=nothing.pth", "out=converted.ckpt")
     assert done.returncode == 2 and done.stderr.startswith("error: no file at") and done.stderr.count("\n") == 1
     assert not (tmp_path / "converted.ckpt").exists()
 

@@ -94,7 +94,7 @@ def test_a_corrupt_image_costs_one_line_from_a_worker_too(tmp_path: Path) -> Non
     layout = [f"data.{split}_{key}={value}" for split in ("train", "val")
               for key, value in (("annotations", "all.json"), ("images", "images"))]  # fmt: skip
     rest = ["data.num_classes=1", "data.batch_size=1", "data.num_workers=1", "trainer.accelerator=cpu"]
-    result = command(tmp_path, "train", "data=coco", *layout, *rest, "~callbacks.progress")
+    result = forked(tmp_path, "train", "data=coco", *layout, *rest, "~callbacks.progress")
     assert_one_line(result, "error: ", "broken.jpg")
     assert "worker" not in result.stderr.splitlines()[-1]
 
@@ -215,7 +215,7 @@ def test_the_papers_model_trains_on_coco_files(tmp_path: Path, shared_data: Path
     small = ["data.short_edge=96", "data.val_short_edge=96", "data.max_size=128", "data.batch_size=2"]
     rest = ["data.num_workers=0", "trainer.max_steps=2", "trainer.accelerator=cpu", "backbone.weights=none"]
     low = "predictor.postprocess.score_threshold=0.0"
-    result = command(tmp_path, "train", "+experiment=fcos_d8_dyn", *layout, *small, *rest, low, "~callbacks.progress")
+    result = forked(tmp_path, "train", "+experiment=fcos_d8_dyn", *layout, *small, *rest, low, "~callbacks.progress")
     assert result.returncode == 0, result.stderr
     (run,) = tmp_path.glob("outputs/fcos_d8_dyn/*")
     trained = json.loads((run / "result.json").read_text())
