@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyndet.models.heads import density, fine_grained
+from dyndet.models.heads import expected_density as density
+from dyndet.models.heads import fine_grained
 from dyndet.models.heads.fine_grained import FineGrainedHead
 from dyndet.ops.sparse import Plan, RowLayout, backend, choose
 from dyndet.structures import HeadOutput

@@ -150,22 +150,22 @@ def test_exchange_against_torch(shapes: list[tuple[int, int]]) -> None:
     results = []
     for by_rows in (True, False):
         leaves = [layout.rows(value).requires_grad_() for value in (x, down, up)]
-        own, scale = (torch.full((1,), value, dtype=torch.float64, requires_grad=True) for value in (0.7, -0.4))
+        own = torch.full((1,), 0.7, dtype=torch.float64, requires_grad=True)
         if by_rows:
-            out = layout.maps(exchange(*leaves, own, scale, layout))
+            out = layout.maps(exchange(*leaves, own, layout))
         else:
             a, b, c = (layout.maps(value) for value in leaves)
             out = []
             for level, own_map in enumerate(a):
                 s = own * own_map
                 if level:
-                    s = s + scale * F.interpolate(b[level - 1], s.shape[2:], mode="bilinear", align_corners=True)
+                    s = s + F.interpolate(b[level - 1], s.shape[2:], mode="bilinear", align_corners=True)
                 if level + 1 < len(shapes):
-                    s = s + scale * F.interpolate(c[level + 1], s.shape[2:], mode="bilinear", align_corners=True)
+                    s = s + F.interpolate(c[level + 1], s.shape[2:], mode="bilinear", align_corners=True)
                 out.append(s)
         sum(value.square().sum() for value in out).backward()  # type: ignore[union-attr]
         zero = torch.zeros((), dtype=torch.float64)
-        results.append([*out, *[v.grad if v.grad is not None else zero for v in (*leaves, own, scale)]])
+        results.append([*out, *[v.grad if v.grad is not None else zero for v in (*leaves, own)]])
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b.expand_as(a), atol=1e-12)
 

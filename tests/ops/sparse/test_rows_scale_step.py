@@ -44,9 +44,9 @@ class Scene:
         sent = []
         for path, gate, step in zip(self.paths, self.gates, (1, -1), strict=True):
             (plan,) = make_plans(gate.detach(), self.layout, valid=sending(self.layout, step), impl=impl)
-            sent.append(path.gated(self.rows, gate, plan, stats=stats, impl=impl)[0])
+            sent.append(path.gated(self.rows, gate * self.weights[1], plan, stats=stats, impl=impl)[0])
         down, up = sent
-        return exchange(self.rows, down, up, *self.weights, self.layout)
+        return exchange(self.rows, down, up, self.weights[0], self.layout)
 
     def dense(self, stats: Stats) -> Tensor:
         maps = self.layout.maps(self.rows)

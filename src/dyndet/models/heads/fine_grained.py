@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dyndet.layout import RowLayout
 from dyndet.models.detectors.base import Branch
 from dyndet.models.heads.branches import BRANCHES, check_branches
-from dyndet.models.heads.density import DensityEstimate, NodeDensity, counted_later
+from dyndet.models.heads.expected_density import DensityEstimate, NodeDensity, counted_later
 from dyndet.models.heads.fixed import FixedHead
 from dyndet.models.heads.gates import GateActivation, GateConv, RestrictedTanh, gate_logits
 from dyndet.models.heads.init import check_groups
@@ -98,7 +98,7 @@ class FineGrainedNode(nn.Module):
         gates = self._decide(first, rows, layout, valid)
         down, work_down = self._sent(self.down, rows, gates["down"], layout, 1, expected.down)
         up, work_up = self._sent(self.up, rows, gates["up"], layout, -1, expected.up)
-        s = exchange(rows, down, up, self.output_weight, self.scale_weight, layout)
+        s = exchange(rows, down, up, self.output_weight, layout)
         if "depth" not in gates:
             gates |= self._decide(("depth",), s, layout, valid)
         inner, outer = self._depth_plans(gates["depth"], layout, valid, (expected.inner, expected.outer))
@@ -132,7 +132,8 @@ class FineGrainedNode(nn.Module):
         if not self._sparse:  # every position that has a receiver
             opened, expected = torch.ones_like(opened), 1.0
         (plan,) = make_plans(opened, layout, valid=sending(layout, step), expected=(expected,), impl=self.impl)
-        return path.gated(rows, gate, plan, stats=self._stats, impl=self.impl)
+        # What arrives is weighed here, where it is a factor of a few numbers.
+        return path.gated(rows, gate * self.scale_weight, plan, stats=self._stats, impl=self.impl)
 
     def _depth_plans(
         self, gate: Tensor, layout: RowLayout, valid: Tensor | None, expected: Sequence[float | None]

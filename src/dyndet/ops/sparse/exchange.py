@@ -1,6 +1,6 @@
 """Levels exchange features: every level adds what its neighbours sent, resampled to its size.
 
-    s = own * x + scale * (down of the finer level + up of the coarser level)
+    s = own * x + (down of the finer level + up of the coarser level)
 
 No operator of its own: what it computes depends on no gate, and torch differentiates it.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,7 +34,7 @@ def received(down: Sequence[Tensor], up: Sequence[Tensor]) -> list[Tensor]:
     return sums
 
 
-def exchange(x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tensor, layout: RowLayout) -> Tensor:
+def exchange(x: Tensor, down: Tensor, up: Tensor, own: Tensor, layout: RowLayout) -> Tensor:
     """Adds to every level what it receives.
 
     Args:
@@ -43,11 +42,10 @@ def exchange(x: Tensor, down: Tensor, up: Tensor, own: Tensor, scale: Tensor, la
         down: (P + 1, C) what goes to coarser levels.
         up: (P + 1, C) what goes to finer levels.
         own: (1,) weight of `x`.
-        scale: (1,) weight of what arrives.
         layout: of the rows.
 
     Returns:
         (P + 1, C), the last row zero.
     """
-    arrived = layout.rows(received(layout.maps(down), layout.maps(up)))
-    return torch.addcmul(x * own.to(x.dtype), arrived.to(x.dtype), scale.to(x.dtype))
+    arrived = layout.rows(received(layout.maps(down), layout.maps(up))).to(x.dtype)
+    return arrived.addcmul_(x, own.to(x.dtype))  # one pass
