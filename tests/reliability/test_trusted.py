@@ -170,6 +170,11 @@ HIDDEN: dict[str, tuple[str, Any, str]] = {
         {"_target_": "dyndet.models.backbones.timm.TimmBackbone", "name": "resnet50", "weights": "timm"},
         "detector.backbone.weights",
     ),
+    "weights behind a key without a name": (
+        "",
+        {"backbone": {"_target_": "dyndet.models.backbones.timm.TimmBackbone", "name": "resnet50", "weights": "timm"}},
+        "backbone.weights",
+    ),
     "under a key with dots": ("head.activation", {"_target_": "os.getcwd"}, "head.activation._target_"),
     "under a number": ("data/module/x", {3: {"_target_": "os.getcwd"}}, "data.module.x.3._target_"),
     "by reference to training": ("head", "${optim.optimizer}", "head"),

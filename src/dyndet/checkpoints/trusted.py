@@ -104,6 +104,8 @@ def check_stored(config: DictConfig, *, source: str | Path) -> None:
     content: Any = OmegaConf.to_container(config, resolve=False)
     if not isinstance(content, dict):
         raise UserError(f"{source} holds no configuration, but a {type(content).__name__}")
+    if isinstance(content.get("backbone"), dict):
+        content["backbone"].pop("weights", None)  # reading a file has set them to none
     for group, value in content.items():
         for place, found, why in _faults({group: value}, "", built=group not in UNBUILT):
             shown = repr(found) if len(repr(found)) <= 100 else f"{repr(found)[:97]}..."
@@ -125,8 +127,7 @@ def _faults(node: Any, place: str, *, built: bool) -> Iterator[tuple[str, Any, s
             if built and key in _KINDS and not isinstance(value, _KINDS[key]):
                 yield where, value, f"which must be a plain {_KINDS[key].__name__}"
             yield from _faults(value, where, built=built)
-        weights = "none" if place == "backbone" else node.get("weights", "none")  # reading has set that one
-        if built and node.get("_target_") == _BACKBONE and weights != "none":
+        if built and node.get("_target_") == _BACKBONE and node.get("weights", "none") != "none":
             yield f"{place}.weights", node["weights"], "which would be fetched: the weights of a file are in it"
     elif isinstance(node, list):
         for index, value in enumerate(node):
