@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "dyndet"
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ("errors", "layout", "routing", "structures"),
+    ("errors", "layout", "moved", "routing", "structures"),
     ("ops", "kernels"),
     ("models",),
     ("data",),
@@ -21,7 +21,7 @@ LAYERS = [
     ("checkpoints",),
     ("lightning",),
     ("api",),
-    ("train", "evaluate", "predict", "calibrate", "convert", "report.__main__"),
+    ("train", "evaluate", "predict", "calibrate", "convert", "report.__main__", "__main__"),
 ]
 MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

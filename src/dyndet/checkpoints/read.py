@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from dyndet.checkpoints.trusted import check_stored
-from dyndet.cli.command import latest_run
+from dyndet.cli.folders import latest_run
 from dyndet.cli.renamed import replacement
 from dyndet.errors import UserError, reason
 from dyndet.structures import Category
