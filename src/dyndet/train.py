@@ -48,8 +48,8 @@ def train(config: DictConfig) -> dict[str, float]:
             schedule=build(config.optim.schedule),
             config=cast(dict[str, Any], OmegaConf.to_container(config)),  # unresolved: keys can be overridden later
         )
-        if checkpoint is not None:
-            check_resumable(checkpoint, module)
+    if checkpoint is not None and (changes := check_resumable(checkpoint, module, data.categories, config)):
+        rank_zero_info(changes)
     if config.channels_last:
         nn.Module.to(module, memory_format=torch.channels_last)
     if config.compile:

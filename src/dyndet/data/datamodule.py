@@ -75,6 +75,7 @@ class DetectionDataModule(LightningDataModule):
         hint: str = "",
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # Lightning's constructor sets it to False
         for key, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be at least 1, got {value}")

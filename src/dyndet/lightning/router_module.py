@@ -127,6 +127,7 @@ class RouterModule(DetectionModule):
         if before != now:
             raise UserError(f"ckpt_path was trained with router_loss={before}, not {now}: go on with the same")
         self.offset.restore(saved["offset"])
+        super().on_load_checkpoint(checkpoint)
 
 
 @torch.no_grad()
