@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "dyndet"
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ("errors", "layout", "routing", "structures"),
+    ("errors", "layout", "routing", "structures", "inputs"),
     ("ops", "kernels"),
     ("models",),
     ("data",),
