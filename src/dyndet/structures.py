@@ -57,12 +57,13 @@ class Target:
     segmentations: list[Any] | None = None
 
     @classmethod
-    def of(cls, value: Target | dict[str, Tensor]) -> Target:
-        """Accepts a torchvision-style dict (`boxes`, `labels`, optional `crowd`, `masks`) as well as a Target."""
+    def of(cls, value: Target | Mapping[str, Any]) -> Target:
+        """Accepts a torchvision-style dict (`boxes`, `labels`, optional `iscrowd` or `crowd`, `masks`), too."""
         if isinstance(value, Target):
             return value
-        labels = value["labels"]
-        crowd = value.get("crowd", torch.zeros_like(labels, dtype=torch.bool))
+        labels, crowd = value["labels"], value.get("crowd", value.get("iscrowd"))
+        if crowd is None:
+            crowd = torch.zeros_like(labels, dtype=torch.bool)
         return cls(value["boxes"].float(), labels.long(), crowd.bool(), value.get("masks"))
 
     def shifted(self, offset: Tensor) -> Target:
@@ -118,19 +119,13 @@ class ImageBatch:
     def of(cls, images: ImageBatch | Tensor | Sequence[Tensor], pad_multiple: int = 1) -> ImageBatch:
         """From a (B, 3, H, W) tensor, or from (3, H, W) tensors that are padded to a multiple of `pad_multiple`.
 
-        Raises:
-            ValueError: if the tensors are not three-channel images.
+        What comes from users goes through `dyndet.inputs.check_images` before.
         """
         if isinstance(images, ImageBatch):
             return images
         if isinstance(images, Tensor):
-            if images.ndim != 4 or images.shape[1] != 3:
-                raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
             sizes = torch.tensor([images.shape[-2:]] * len(images), dtype=torch.int64)
             return cls(images, sizes, sizes)
-        for image in images:
-            if image.ndim != 3 or image.shape[0] != 3:
-                raise ValueError(f"each image must be (3, H, W), got {tuple(image.shape)}")
         sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64)
         height, width = (-(-int(side) // pad_multiple) * pad_multiple for side in sizes.amax(0))
         pixels = images[0].new_zeros(len(images), 3, height, width)

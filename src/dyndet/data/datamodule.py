@@ -17,6 +17,7 @@ from dyndet.data.dataset import DetectionDataset
 from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, Mix, keyed_generator
 from dyndet.data.transforms import Compose, Transform
 from dyndet.errors import DataError, UserError
+from dyndet.inputs import checked_targets
 from dyndet.structures import Batch, Category, ImageBatch, Sample
 
 Source = DetectionDataset | Callable[[], DetectionDataset]
@@ -162,6 +163,8 @@ class DetectionDataModule(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if isinstance(batch, Batch):
+            if device.type != "cpu" and self.trainer is not None and self.trainer.training:
+                checked_targets(batch.targets, batch.images)  # while nothing has to wait for their values
             return batch.to(device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
