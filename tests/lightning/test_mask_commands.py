@@ -26,7 +26,7 @@ from dyndet.data.shapes import ShapesDataset
 from dyndet.data.transforms import Resize
 from dyndet.errors import UserError
 from dyndet.evaluate import evaluate
-from dyndet.lightning.callbacks import Collect
+from dyndet.lightning.collect import Collect
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.export import write_ground_truth
 from dyndet.models.detectors.base import Detector, Images, RawMaps
@@ -150,16 +150,16 @@ def test_validation_logs_what_pycocotools_says(monkeypatch: pytest.MonkeyPatch) 
     )
     module = DetectionModule(Shifted(dataset), categories=dataset.categories)
     monkeypatch.setattr(module, "static", lambda size, routed: {})
-    collected = Collect(dataset.categories)
+    collected = Collect(masks=True)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[collected],
         enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     (logged,) = trainer.validate(module, data, verbose=False)
-    assert collected.images == 10
-    for row in collected.results:
+    assert len(collected.facts.images) == 10
+    for row in collected.facts.detections:
         del row["bbox"]
-    judge = segm(write_ground_truth(dataset), collected.results)
+    judge = segm(write_ground_truth(dataset), collected.facts.detections)
     names = ["AP", "AP50", "AP75", "APs", "APm"]
     expected = {f"val/segm/{name}": value for name, value in zip(names, judge.stats, strict=False)}
     assert {key: logged[key] for key in expected} == pytest.approx(expected, abs=6e-8)

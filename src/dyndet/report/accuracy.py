@@ -1,0 +1,136 @@
+"""Sections of a page on what a run found: classes, thresholds, confusions, kinds of errors."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dyndet.metrics.confusion import confusion_matrix
+from dyndet.metrics.curves import RECALLS, Best, Curve
+from dyndet.metrics.error_split import KINDS
+from dyndet.report.charts import GREY, PALETTE, Line, bar_chart, line_chart
+from dyndet.report.findings import Findings
+from dyndet.report.page import Content, Html, cards, element, figure, matrix, paragraph, section, table
+
+SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+MOST_CLASSES = 20
+"""Of a confusion matrix; with more classes, those that are confused most are shown."""
+THRESHOLDS = np.linspace(0, 1, 101)
+KIND_COLORS = dict(zip(KINDS, PALETTE, strict=False))
+
+
+def ap_table(metrics: Mapping[str, float]) -> Html:
+    """AP of boxes, and of masks where there are any, by IoU and by size."""
+    kinds = {"boxes": "val/", "masks": "val/segm/", "boxes, first detector": "val/first/"}
+    rows = [
+        {"": kind} | {name: number(metrics.get(prefix + name)) for name in SIZES}
+        for kind, prefix in kinds.items()
+        if prefix + "AP" in metrics
+    ]
+    return table(rows)
+
+
+def class_section(found: Findings, metrics: Mapping[str, float], anchor: str) -> Html:
+    """Every class: how many objects, AP, and the threshold that suits it best."""
+    rows: list[dict[str, Content]] = []
+    order = sorted(range(len(found.names)), key=lambda label: -_or_zero(found.curves[label].average_precision()))
+    for label in order:
+        curve, best, name = found.curves[label], found.best[label], found.names[label]
+        row: dict[str, Content] = {"class": _named(name, label), "objects": str(curve.objects)}
+        row |= {"AP": number(metrics.get(f"val/AP/{name}")), "AP50": number(curve.average_precision())}
+        if curve.objects:
+            row |= {"best score threshold": number(best.threshold), "F1": number(best.f1)}
+            row |= {"precision": number(best.precision), "recall": number(best.recall)}
+        rows.append(row)
+    note = "The best score threshold has the highest F1 at IoU 0.5; use it where one answer per object is wanted."
+    return section("Classes", table(rows), _curves(found), anchor=anchor, note=note)
+
+
+def confusion_section(found: Findings, anchor: str) -> Html:
+    """Annotated against detected classes at the best thresholds."""
+    counts = confusion_matrix(found.detections, found.targets, found.thresholds)
+    names, note = [*found.names, "background"], ""
+    if len(found.names) > MOST_CLASSES:
+        wrong = counts - np.diag(np.diag(counts))
+        most = np.argsort(-(wrong.sum(0) + wrong.sum(1))[:-1], kind="stable")[:MOST_CLASSES]
+        keep = [*sorted(most.tolist()), len(found.names)]
+        counts, names = counts[np.ix_(keep, keep)], [names[index] for index in keep]
+        note = f" Of {len(found.names)} classes the {MOST_CLASSES} with most errors are shown."
+    totals = np.maximum(counts.sum(1), 1).tolist()
+    shares = [[count / total for count in row] for row, total in zip(counts.tolist(), totals, strict=True)]
+    cells = [[str(count) if count else "" for count in row] for row in counts.tolist()]
+    columns = [*names[:-1], "missed"]
+    titles = [
+        [f"{name}: {shares[row][column]:.0%} {other}" for column, other in enumerate(columns)]
+        for row, name in enumerate(names)
+    ]
+    explained = (
+        "Rows are annotated classes, columns what they were detected as, at IoU 0.5 and each class's best threshold; "
+        "colours are shares of the row. The last column was missed, the last row is detections where nothing is." + note
+    )
+    body = matrix(names, columns, cells, shares, titles=titles, corner="annotated")
+    return section("Confusion", body, anchor=anchor, note=explained)
+
+
+def error_section(found: Findings, anchor: str) -> Html:
+    """What every kind of error costs, and how often it happens at the best thresholds."""
+    counts = Counter(item.kind for item in found.counted_mistakes)
+    gains = found.gains
+    chart = bar_chart(gains, {kind: f"{gain:.3f}" for kind, gain in gains.items()}, KIND_COLORS)
+    rows = [
+        {"error": kind, "what it is": meaning, "AP50 lost": f"{gains[kind]:.3f}", "at best thresholds": str(counts[kind])}
+        for kind, meaning in KINDS.items()
+    ]
+    note = (
+        "How much AP50 would rise if the errors of one kind were gone, all detections counted (TIDE, Bolya et al. "
+        "2020), and how many there are among detections that reach their class's best threshold."
+    )
+    body = cards(figure(chart, "AP50 lost to each kind of error"), figure(table(rows), "Kinds of errors", span="two"))
+    return section("Errors", body, anchor=anchor, note=note)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three decimals; nothing where it is not defined."""
+    return "" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def class_color(label: int) -> str:
+    """Of its curves; dark enough for lines on white."""
+    return PALETTE[label % len(PALETTE)]
+
+
+def _curves(found: Findings) -> Html:
+    """Precision over recall and F1 over the threshold, a line per class."""
+    classes = [label for label, curve in enumerate(found.curves) if curve.objects]
+    if not classes:
+        return paragraph("No objects are annotated: there are no curves.")
+    mean = np.mean([found.curves[label].interpolated() for label in classes], 0)
+    precision = [Line(found.names[i], RECALLS, found.curves[i].interpolated(), class_color(i)) for i in classes]
+    f1 = [Line(found.names[i], THRESHOLDS, found.curves[i].f1_at(THRESHOLDS), class_color(i)) for i in classes]
+    marks = [(*_peak(found.curves[i], found.best[i]), class_color(i), _told(found.names[i], found.best[i])) for i in classes]
+    if len(classes) > 1:
+        precision.append(Line("mean", RECALLS, mean, GREY, dashed=True))
+    unit = (0.0, 1.0)
+    curve = line_chart(precision, x_label="recall", y_label="precision at IoU 0.5", x_range=unit, y_range=(0, 1.02))
+    scores = line_chart(f1, x_label="score threshold", y_label="F1", x_range=unit, y_range=(0, 1.02), points=marks)
+    return cards(figure(curve, "Precision and recall"), figure(scores, "F1; the dots are the best thresholds"))
+
+
+def _peak(curve: Curve, best: Best) -> tuple[float, float]:
+    return best.threshold, best.f1
+
+
+def _told(name: str, best: Best) -> str:
+    return f"{name}: F1 {best.f1:.3f} at score {best.threshold:.3f}"
+
+
+def _named(name: str, label: int) -> Html:
+    swatch = element("i", style=f"background:{class_color(label)}")
+    return element("div", element("span", swatch, name), class_="legend")
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else -1.0
