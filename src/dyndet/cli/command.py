@@ -54,7 +54,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     Set HYDRA_FULL_ERROR=1 to see the whole traceback of such a mistake.
     """
-    if config_name == "train":
+    if config_name in ("train", "doctor"):
         sys.argv[1:], notes = current(sys.argv[1:])
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
