@@ -58,7 +58,9 @@ def dropped_boxes(split: Split) -> list[Finding]:
             severity,
             f"{split.name}: {repairs}",
             repairs.counts.total(),
-            "correct them in the labels: dropped boxes are objects that the detector learns to overlook",
+            "correct them in the labels: dropped boxes are objects that the detector learns to overlook"
+            if repairs.dropped
+            else "fine where objects go on beyond the image",
         )
     ]
 

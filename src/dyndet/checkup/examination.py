@@ -15,7 +15,12 @@ from dyndet.checkup.pictures import check_pictures, look_at
 from dyndet.checkup.split import Split, annotations_at_hand, read_splits
 from dyndet.data.dataset import DetectionDataset
 from dyndet.data.transforms import Transform
+from dyndet.errors import DataError
 from dyndet.models.detectors.base import Detector
+
+MOST_LINES = 5
+"""Before a training."""
+_SAID_BY_READERS = ("mended boxes",)
 
 
 def examine(
@@ -37,7 +42,7 @@ def examine(
     """
     findings = check_annotations(splits) + missing_files(splits) + check_folders(splits)
     if detector is not None and transform is not None:
-        for split in splits:
+        for split in (split for split in splits if split.name == "train"):
             seen = seen_boxes(split, transform)
             findings += check_sizes(split, seen, detector.strides)
             shares = share_levels(seen, detector)
@@ -45,11 +50,25 @@ def examine(
     return ranked(findings + check_pictures(look_at(splits, images=images, track=track)))
 
 
-def quick_check(train: DetectionDataset, val: DetectionDataset) -> list[Finding]:
-    """What annotations alone say, the worst first; nothing of data sets whose annotations lie in their images."""
+def check_before_training(train: DetectionDataset, val: DetectionDataset) -> list[str]:
+    """What annotations alone say that is no mere note, a line each; of data sets that hold them without their images.
+
+    Raises:
+        DataError: if there is nothing left to learn.
+    """
     if not all(annotations_at_hand(dataset) for dataset in (train, val)):
         return []
-    return ranked(check_annotations(read_splits(train, val)))
+    findings = ranked(check_annotations(read_splits(train, val)))
+    for finding in findings:
+        if finding.check == "nothing to learn" and finding.text.startswith("no box of the train"):
+            raise DataError(f"{finding.text}: {finding.advice}")
+    shown = [item for item in findings if item.severity != "note" and item.check not in _SAID_BY_READERS]
+    lines = [
+        f"{item.severity}: {item.text} ({item.places[0].where})" if item.places else f"{item.severity}: {item.text}"
+        for item in shown
+    ]
+    more = len(lines) - MOST_LINES
+    return [*lines[:MOST_LINES], *([f"and {more} more: dyndet doctor shows all"] if more > 0 else [])]
 
 
 def overview(splits: Sequence[Split]) -> list[str]:
