@@ -37,11 +37,11 @@ def test_what_training_says_first(tmp_path: Path) -> None:
     good = coco(tmp_path, "good", [[10, 10, 30, 30]])
     twice = coco(tmp_path, "twice", [[10, 10, 30, 30], [10, 10, 30, 30]])
     assert check_before_training(good, twice) == [
-        f"warning: val: 3 pairs of boxes of one class overlap by 95% or more ({tmp_path}/twice/1.png: cat "
+        f"warning: val: 3 pairs of boxes of one class that overlap by 95% or more ({tmp_path}/twice/1.png: cat "
         "[10, 10, 40, 40] again)"
     ]
     (line,) = check_before_training(good, good)
-    assert "3 images of val are in train as well" in line
+    assert "3 images of val in train as well" in line
     empty = coco(tmp_path, "empty", [])
     with pytest.raises(DataError, match="no box of the train split trains"):
         check_before_training(empty, good)

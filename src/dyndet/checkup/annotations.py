@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dyndet.checkup.finding import Finding, Severity, first_few
+from dyndet.checkup.finding import Finding, Severity, first_few, many
 from dyndet.checkup.split import Split
 
 TINY = 2.0
@@ -75,7 +75,7 @@ def tiny_boxes(split: Split) -> list[Finding]:
         Finding(
             "tiny boxes",
             "error" if share > 0.5 else "warning",
-            f"{split.name}: {len(tiny)} boxes ({share:.1%}) have a side below {TINY:g} pixels",
+            f"{split.name}: {many(len(tiny), 'box')} ({share:.1%}) with a side below {TINY:g} pixels",
             len(tiny),
             "boxes in 0..1 where pixels are meant, or slips of the mouse",
             first_few([split.at_box(box) for box in tiny.tolist()]),
@@ -92,7 +92,7 @@ def repeated_boxes(split: Split) -> list[Finding]:
             Finding(
                 "duplicate boxes",
                 "warning",
-                f"{split.name}: {len(same)} pairs of boxes of one class overlap by {SAME:.0%} or more",
+                f"{split.name}: {many(len(same), 'pair')} of boxes of one class that overlap by {SAME:.0%} or more",
                 len(same),
                 "remove one of each: the second one counts as missed in evaluation",
                 first_few([split.at_box(second, "again") for _, second in same.tolist()]),
@@ -103,7 +103,7 @@ def repeated_boxes(split: Split) -> list[Finding]:
             Finding(
                 "boxes with two classes",
                 "warning",
-                f"{split.name}: {len(other)} pairs of boxes of different classes overlap by {SAME:.0%} or more",
+                f"{split.name}: {many(len(other), 'pair')} of boxes of two classes that overlap by {SAME:.0%} or more",
                 len(other),
                 "one of the two labels is wrong, unless objects have several classes",
                 first_few([split.at_box(second, f"also {_name(split, first)}") for first, second in other.tolist()]),
@@ -215,12 +215,12 @@ def same_files(splits: Sequence[Split]) -> list[Finding]:
                 twice.append(split.at_image(index, "listed twice"))
     findings = []
     if leaked:
-        text = f"{len(leaked)} images of val are in train as well"
+        text = f"{many(len(leaked), 'image')} of val in train as well"
         findings.append(
             Finding("leaks between splits", "error", text, len(leaked), "the AP would be too good", first_few(leaked))
         )
     if twice:
-        text = f"{len(twice)} images are listed twice in their split"
+        text = f"{many(len(twice), 'image')} listed twice in one split"
         findings.append(Finding("images listed twice", "warning", text, len(twice), "list them once", first_few(twice)))
     return findings
 

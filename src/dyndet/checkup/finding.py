@@ -59,3 +59,8 @@ def first_few(places: Sequence[Place]) -> tuple[Place, ...]:
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
     """The worst first, otherwise as they came."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def many(count: int, one: str) -> str:
+    """A count with its noun: 1 box, 2 boxes."""
+    return f"{count} {one}" if count == 1 else f"{count} {one}{'es' * one.endswith('x') or 's'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dyndet.checkup.finding import Finding, Place, first_few
+from dyndet.checkup.finding import Finding, Place, first_few, many
 from dyndet.checkup.split import Split
 from dyndet.data.images import SUFFIXES
 
@@ -26,7 +26,7 @@ def check_folders(splits: Sequence[Split]) -> list[Finding]:
             Finding(
                 "images in no split",
                 "note",
-                f"{len(unused)} images lie beside those of the splits, but no split lists them",
+                f"{many(len(unused), 'image')} beside those of the splits that no split lists",
                 len(unused),
                 "fine if they are set apart; otherwise their labels are missing",
                 first_few([Place("", None, str(path)) for path in unused]),
@@ -38,7 +38,7 @@ def check_folders(splits: Sequence[Split]) -> list[Finding]:
             Finding(
                 "labels without an image",
                 "warning",
-                f"{len(lonely)} label files have no image",
+                f"{many(len(lonely), 'label file')} without an image",
                 len(lonely),
                 "the image was renamed, moved or never copied",
                 first_few([Place("", None, str(path)) for path in lonely]),
@@ -57,7 +57,7 @@ def missing_files(splits: Sequence[Split]) -> list[Finding]:
     ]
     if not gone:
         return []
-    text = f"{len(gone)} images that the labels name do not exist"
+    text = f"{many(len(gone), 'image')} named by labels, but not there"
     return [Finding("missing images", "error", text, len(gone), "check the image folder", first_few(gone))]
 
 

@@ -63,8 +63,8 @@ def check_sizes(split: Split, seen: Sequence[tuple[Size, Tensor]], strides: Sequ
         Finding(
             "boxes below a stride",
             severity,
-            f"{split.name}: {small} of {len(sides)} boxes ({share:.1%}) are thinner than the {strides[0]} pixels of "
-            "the finest level in the network's input",
+            f"{split.name}: {small} of {len(sides)} boxes ({share:.1%}) are thinner in the network's input than the "
+            f"{strides[0]} pixels of the finest level",
             small,
             "a larger input (data.size) or a finer level finds them",
         )

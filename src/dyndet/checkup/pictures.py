@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dyndet.checkup.finding import Finding, first_few
+from dyndet.checkup.finding import Finding, first_few, many
 from dyndet.checkup.split import Split
 from dyndet.errors import DataError
 
 NIL_CONTRAST = 8
 """An image whose values span no more than this, of 0..255, shows nothing."""
-BITS_APART = 6
-"""Of 128: prints this close are called near duplicates."""
+GRID = 10
+BITS_APART = 10
+"""Of 200: prints this close are called near duplicates."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Look:
         split: it lies in.
         index: of the image.
         content: digest of the file, or of the pixels where there is none.
-        print: 128 bits that small changes of an image leave as they are.
+        print: 200 bits that small changes of an image leave as they are.
         span: of its values, 0..255.
         problem: why it could not be read; the others are meaningless then.
     """
@@ -85,7 +86,7 @@ def without_contrast(looks: Sequence[Look]) -> list[Finding]:
         return []
     places = [look.split.at_image(look.index, f"values span {look.span} of 255") for look in flat]
     share = len(flat) / len(looks)
-    text = f"{len(flat)} of {len(looks)} images show nothing: all their pixels are nearly the same"
+    text = f"{len(flat)} of {len(looks)} images show nothing: pixels that are nearly the same"
     advice = "black or washed-out files, or values in a range that their format does not tell"
     severity = "error" if share > 0.5 else "warning"
     return [Finding("images without contrast", severity, text, len(flat), advice, first_few(places))]
@@ -104,12 +105,12 @@ def same_pictures(looks: Sequence[Look]) -> list[Finding]:
         across = [pair for pair in pairs if pair[0].split is not pair[1].split]
         within = [pair for pair in pairs if pair[0].split is pair[1].split]
         if across:
-            text = f"{len(across)} images of val show {how} as one of train"
+            text = f"{many(len(across), 'image')} of val: {how} as one of train"
             advice = "the AP is too good: keep copies and neighbouring frames in one split"
             severity = "error" if how == "the same" else "warning"
             findings.append(Finding("leaks between splits", severity, text, len(across), advice, _places(across)))
         if within:
-            text = f"{len(within)} images show {how} as another one of their split"
+            text = f"{many(len(within), 'image')}: {how} as another one of the split"
             advice = "copies weigh more in training and in AP: fine if meant"
             severity = "warning" if how == "the same" else "note"
             findings.append(Finding("repeated images", severity, text, len(within), advice, _places(within)))
@@ -117,9 +118,10 @@ def same_pictures(looks: Sequence[Look]) -> list[Finding]:
 
 
 def fingerprint(image: Image.Image) -> int:
-    """128 bits: in a coarse grid, which of two neighbours is brighter, to the right and below."""
-    grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BOX), np.int16)
-    bits = np.concatenate([(grey[:8, 1:] > grey[:8, :-1]).ravel(), (grey[1:, :8] > grey[:-1, :8]).ravel()])
+    """200 bits: in a coarse grid, which of two neighbours is brighter, to the right and below."""
+    grey = np.asarray(image.convert("F").resize((GRID + 1, GRID + 1), Image.Resampling.BICUBIC))
+    across, down = grey[:GRID, 1:] > grey[:GRID, :-1], grey[1:, :GRID] > grey[:-1, :GRID]
+    bits = np.concatenate([across.ravel(), down.ravel()])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
@@ -151,11 +153,11 @@ def _chained(group: Sequence[Look]) -> list[tuple[Look, Look]]:
 def _near(looks: Sequence[Look]) -> list[tuple[Look, Look]]:
     """Each image with the closest earlier one that is at most `BITS_APART` away.
 
-    Two such prints share at least one of eight 16-bit words: seven would have to differ otherwise.
+    Two such prints share at least one of eleven 19-bit words: eleven bits would have to differ otherwise.
     """
     closest: dict[int, tuple[int, Look, Look]] = {}
-    for word in range(8):
-        for group in _groups(looks, lambda look, shift=16 * word: (look.print >> shift) & 0xFFFF):
+    for word in range(BITS_APART + 1):
+        for group in _groups(looks, lambda look, shift=19 * word: (look.print >> shift) & 0x7FFFF):
             for one, other in combinations(group[:500], 2):  # images of one colour share words by the thousand
                 apart = (one.print ^ other.print).bit_count()
                 if apart <= BITS_APART and apart < closest.get(id(other), (BITS_APART + 1,))[0]:
