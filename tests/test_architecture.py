@@ -15,13 +15,13 @@ LAYERS = [
     ("ops", "kernels"),
     ("models",),
     ("data",),
-    ("metrics", "report"),
+    ("metrics", "report", "checkup"),
     ("speeds",),
     ("cli", "conf"),
     ("checkpoints",),
     ("lightning",),
     ("api",),
-    ("train", "evaluate", "predict", "calibrate", "convert", "report.__main__", "__main__"),
+    ("train", "evaluate", "predict", "calibrate", "convert", "doctor", "report.__main__", "__main__"),
 ]
 MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

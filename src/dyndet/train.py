@@ -14,6 +14,7 @@ from torch import nn
 
 from dyndet.checkpoints.read import check_resumable, resume_path
 from dyndet.checkpoints.start_from import start_from
+from dyndet.checkup.examination import check_before_training
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
 from dyndet.errors import UserError
@@ -32,6 +33,8 @@ def train(config: DictConfig) -> dict[str, float]:
     checkpoint = resume_path(config)
     data = build(config.data.module)
     data.setup("fit")  # first, so that wrong paths show before anything slow
+    for line in check_before_training(data.train, data.val):
+        rank_zero_info(f"data: {line}")
     if "router_loss" in config:
         module, data = router_parts(config, data)
     else:

@@ -12,7 +12,6 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as rle
 
-from dyndet.data.doctor import examine
 from dyndet.data.masks import Segmentation, decode_mask, encode_mask
 from dyndet.data.records import FileDataset, Record, Repairs
 from dyndet.errors import DataError
@@ -204,31 +203,6 @@ def test_one_warning_sums_up_the_repairs(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.clear()
     FileDataset([good], CATEGORIES)
     assert not caplog.messages
-
-
-def test_doctor_counts_and_lists(tmp_path: Path) -> None:
-    records = [
-        saved(
-            tmp_path,
-            "a.png",
-            [[0, 0, 10, 10], [0, 0, 40, 40], [0, 0, 60, 40]],
-            [0, 0, 0],
-            1,
-            crowd=[False, False, True],
-        ),
-        saved(tmp_path, "b.png", [[0, 0, 60, 40]], [0], 2, crowd=[True]),
-        Record.of(tmp_path / "gone.png", 3, SIZE, [], []),
-        saved(tmp_path, "d.png", [], [], 4),
-    ]
-    report = examine(FileDataset(records, CATEGORIES))
-    assert (report.total, report.images, report.boxes, report.crowd, report.empty) == (4, 3, 2, 2, 2)
-    assert report.per_category == {"cat": 2, "dog": 0}
-    assert report.sizes == {"small": 1, "medium": 1}
-    assert len(report.undecodable) == 1
-    assert "gone.png" in report.undecodable[0]
-    for part in ("3 of 4", "cat 2", "without any  dog", "gone.png"):
-        assert part in str(report)
-    assert examine(FileDataset(records, CATEGORIES), max_images=2).images == 1  # images 0 and 2, which is missing
 
 
 # --- masks

@@ -49,7 +49,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     if (text := command_help(config_name, sys.argv[1:])) is not None:
         print(text)
         return
-    if config_name == "train":
+    if config_name in ("train", "doctor"):
         sys.argv[1:], notes = current(sys.argv[1:])
         for note in notes:
             print(f"note: {note}", file=sys.stderr)

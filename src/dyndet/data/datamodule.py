@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -159,6 +160,12 @@ class DetectionDataModule(LightningDataModule):
         dataset = KeyedDataset(self.val, self.val_transform, self.seed)
         count = min(count, len(dataset))
         return [self.collate([dataset[i * len(dataset) // count]]).images for i in range(count)]
+
+    def training_samples(self, count: int) -> list[Sample]:
+        """What training is shown first, so many, as in epoch 0: mixed, transformed, not yet a batch."""
+        dataset = KeyedDataset(self.train, self.train_transform, self.seed, self.train_mix)
+        order = KeyedSampler(len(self.train), shuffle=True, even=True, seed=self.seed)
+        return [dataset[key] for key in islice(order, count)]
 
     def test_dataloader(self) -> DataLoader[Sample]:
         return self.val_dataloader()
