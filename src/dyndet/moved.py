@@ -70,7 +70,9 @@ class OldPlaces(MetaPathFinder, Loader):
         if new is None:
             return None
         warnings.warn(f"{fullname} is now {new}", DeprecationWarning, stacklevel=2)
-        return ModuleSpec(fullname, self, is_package=True)  # with nothing on its path: its parts are asked for here, too
+        return ModuleSpec(
+            fullname, self, is_package=True
+        )  # with nothing on its path: its parts are asked for here, too
 
     def exec_module(self, module: ModuleType) -> None:
         """Puts the module itself in the place of the empty one, so that there is one of each class."""

@@ -9,10 +9,10 @@ import numpy as np
 
 from dyndet.checkup.annotations import check_annotations
 from dyndet.checkup.finding import Finding, ranked
-from dyndet.checkup.folders import check_folders, missing_files
 from dyndet.checkup.levels import check_levels, check_sizes, seen_boxes, share_levels
-from dyndet.checkup.pictures import check_pictures, look_at
+from dyndet.checkup.looks import check_pictures, look_at
 from dyndet.checkup.split import Split, annotations_at_hand, read_splits
+from dyndet.checkup.surroundings import check_folders, missing_files
 from dyndet.data.dataset import DetectionDataset
 from dyndet.data.transforms import Transform
 from dyndet.errors import DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -81,7 +81,12 @@ def error_section(found: Findings, anchor: str) -> Html:
     gains = found.gains
     chart = bar_chart(gains, {kind: f"{gain:.3f}" for kind, gain in gains.items()}, KIND_COLORS)
     rows = [
-        {"error": kind, "what it is": meaning, "AP50 lost": f"{gains[kind]:.3f}", "at best thresholds": str(counts[kind])}
+        {
+            "error": kind,
+            "what it is": meaning,
+            "AP50 lost": f"{gains[kind]:.3f}",
+            "at best thresholds": str(counts[kind]),
+        }
         for kind, meaning in KINDS.items()
     ]
     note = (
@@ -110,7 +115,9 @@ def _curves(found: Findings) -> Html:
     mean = np.mean([found.curves[label].interpolated() for label in classes], 0)
     precision = [Line(found.names[i], RECALLS, found.curves[i].interpolated(), class_color(i)) for i in classes]
     f1 = [Line(found.names[i], THRESHOLDS, found.curves[i].f1_at(THRESHOLDS), class_color(i)) for i in classes]
-    marks = [(*_peak(found.curves[i], found.best[i]), class_color(i), _told(found.names[i], found.best[i])) for i in classes]
+    marks = [
+        (*_peak(found.curves[i], found.best[i]), class_color(i), _told(found.names[i], found.best[i])) for i in classes
+    ]
     if len(classes) > 1:
         precision.append(Line("mean", RECALLS, mean, GREY, dashed=True))
     unit = (0.0, 1.0)

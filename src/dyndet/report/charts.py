@@ -109,7 +109,9 @@ def line_chart(
         points: x, y, colour and tooltip of single points.
         legend: with more lines than this there is none, and tooltips must do.
     """
-    kept = [(line, [pair for pair in zip(line.x, line.y, strict=True) if all(map(math.isfinite, pair))]) for line in lines]
+    kept = [
+        (line, [pair for pair in zip(line.x, line.y, strict=True) if all(map(math.isfinite, pair))]) for line in lines
+    ]
     kept = [(line, pairs) for line, pairs in kept if pairs]
     every = [pair for _, pairs in kept for pair in pairs] + [(x, y) for x, y, _, _ in points]
     if not every:

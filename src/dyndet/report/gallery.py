@@ -156,4 +156,3 @@ def _key(**colors: tuple[int, int, int]) -> Html:
 
 def _area(box: list[float]) -> str:
     return f"{round(box[2] - box[0])} × {round(box[3] - box[1])} px"
-

@@ -60,7 +60,9 @@ def report_page(
     for _, run in shown:
         anchor = _anchor(run)
         inside = everything(run, f"{anchor}-").values()
-        parts[anchor] = section(f"Run {names[run.folder]}", details("everything about this run", *inside), anchor=anchor)
+        parts[anchor] = section(
+            f"Run {names[run.folder]}", details("everything about this run", *inside), anchor=anchor
+        )
         links[f"Run {names[run.folder]}"] = anchor
     return document(title, *parts.values(), links=links, subtitle=f"{len(runs)} runs")
 

@@ -64,7 +64,11 @@ def boxes_of(target: Target, keep: Iterable[int], color: Color) -> list[Outline]
 
 
 def _drawn(
-    image: Image.Image, window: tuple[float, float, float, float], target: Target, outlines: Iterable[Outline], width: int
+    image: Image.Image,
+    window: tuple[float, float, float, float],
+    target: Target,
+    outlines: Iterable[Outline],
+    width: int,
 ) -> Image.Image:
     """The part of the image in a window, in pixels of the annotations, enlarged or made smaller to fit a square."""
     height, across = target.original_size

@@ -118,7 +118,10 @@ def _findings(run: Run) -> tuple[Findings | None, str]:
     except ValueError as error:
         return None, str(error)
     if validation is None:
-        return None, "This run left no detections.json, ground_truth.json and compute.json: evaluate it once to get them."
+        return (
+            None,
+            "This run left no detections.json, ground_truth.json and compute.json: evaluate it once to get them.",
+        )
     if not validation.targets:
         return None, "The validation had no images."
     return Findings(validation), ""
@@ -131,7 +134,9 @@ def _path(history: History) -> Html | None:
     if len(steps) < 2 or len({share[step] for step in steps}) < 2:
         return None
     points = [
-        Point(share[step], ap[step], str(step) if step in (steps[0], steps[-1]) else "", f"step {step}: AP {ap[step]:.3f}")
+        Point(
+            share[step], ap[step], str(step) if step in (steps[0], steps[-1]) else "", f"step {step}: AP {ap[step]:.3f}"
+        )
         for step in steps
     ]
     way = [(point.x, point.y) for point in points]

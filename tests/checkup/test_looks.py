@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from dyndet.checkup.finding import Finding
-from dyndet.checkup.folders import check_folders, missing_files
-from dyndet.checkup.pictures import BITS_APART, check_pictures, fingerprint, look_at
+from dyndet.checkup.looks import BITS_APART, check_pictures, fingerprint, look_at
 from dyndet.checkup.split import Split
+from dyndet.checkup.surroundings import check_folders, missing_files
 from dyndet.data.records import FileDataset, Record
 from dyndet.structures import Category
 
