@@ -33,8 +33,8 @@ class DetectionDataModule(LightningDataModule):
     Args:
         train: the training set, or a callable that builds it when it is needed.
         val: the validation set, which is also the test and prediction set, or a callable.
-        num_classes: number of classes the model is built for; checked against the data.
         batch_size: training images per process.
+        num_classes: number of classes the model is built for, checked against the data; None takes that of the data.
         train_mix: makes a training image of several (a mosaic, say), before the transforms.
         train_transform: one transform or several in order.
         val_transform: the same for evaluation.
@@ -58,8 +58,8 @@ class DetectionDataModule(LightningDataModule):
         *,
         train: Source,
         val: Source,
-        num_classes: int,
         batch_size: int,
+        num_classes: int | None = None,
         train_mix: Mix | None = None,
         train_transform: Transforms = None,
         val_transform: Transforms = None,
@@ -78,7 +78,7 @@ class DetectionDataModule(LightningDataModule):
         for key, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be at least 1, got {value}")
-        self.num_classes = num_classes
+        self._num_classes = num_classes
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.train_mix = train_mix
@@ -121,6 +121,11 @@ class DetectionDataModule(LightningDataModule):
     def categories(self) -> list[Category]:
         """Category k belongs to label k. Needs `setup`."""
         return self.val.categories
+
+    @property
+    def num_classes(self) -> int:
+        """As many as there are categories. Needs `setup`, unless the number was given."""
+        return len(self.categories) if self._num_classes is None else self._num_classes
 
     def train_dataloader(self) -> DataLoader[Sample]:
         rank, world_size = _rank_and_world_size()
@@ -209,17 +214,15 @@ class DetectionDataModule(LightningDataModule):
             split = Subset(split, [i * len(split) // limit for i in range(limit)])
         if not len(split):
             raise DataError(f"the {name} split has no images: check data.{name} and data.max_{name}")
-        if len(split.categories) != self.num_classes:
-            count = len(split.categories)
+        count = len(split.categories)
+        if self._num_classes not in (None, count):
             raise UserError(
-                f"the data has {count} categories but num_classes is {self.num_classes}: set data.num_classes={count}"
+                f"the data has {count} categories but num_classes is {self._num_classes}: set data.num_classes={count} "
+                "or data.num_classes=null"
             )
         for other, built in self._splits.items():
             if built.categories != split.categories:
-                raise UserError(
-                    f"the {other} and {name} splits must list the same categories in the same order, but have "
-                    f"{_listed(built.categories)} and {_listed(split.categories)}"
-                )
+                raise UserError(_difference(other, built.categories, name, split.categories))
         self._splits[name] = split
 
     def _split(self, name: str) -> DetectionDataset:
@@ -263,6 +266,24 @@ class Subset:
 
 def _composed(transforms: Transforms) -> Transform | None:
     return Compose(transforms) if isinstance(transforms, Sequence) else transforms
+
+
+def _difference(one: str, ones: Sequence[Category], other: str, others: Sequence[Category]) -> str:
+    """Says how the categories of two splits differ."""
+    only = [
+        f"{_listed(more)} only in {name}"
+        for name, more in ((one, _without(ones, others)), (other, _without(others, ones)))
+        if more
+    ]
+    said = " and ".join(only) or f"another order: {_listed(ones)} and {_listed(others)}"
+    return (
+        f"the {one} and {other} splits must list the same categories (id and name), but there is {said}: correct the "
+        "files so that both list all"
+    )
+
+
+def _without(categories: Sequence[Category], others: Sequence[Category]) -> list[Category]:
+    return [category for category in categories if category not in set(others)]
 
 
 def _listed(categories: Sequence[Category]) -> str:
