@@ -142,7 +142,7 @@ class DetectionDataModule(LightningDataModule):
         if not len(batches):
             raise UserError(
                 f"the training split gives {len(self._sampler)} images per process, too few for one batch of "
-                f"{self.batch_size}: lower data.batch_size or set data.drop_last=false"
+                f"{self.batch_size}: lower data.batch_size or set data.module.drop_last=false"
             )
         dataset = KeyedDataset(self.train, self.train_transform, self.seed, self.train_mix)
         return self._loader(dataset, batch_sampler=batches)

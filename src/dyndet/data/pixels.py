@@ -10,8 +10,8 @@ two frames of one camera keep their relation.
 | floats (TIFF) | 1; 255 where a value exceeds 2 |
 | any integers of a TIFF whose MaxSampleValue is a power of two less 1, from 255 on | MaxSampleValue |
 
-MaxSampleValue of another form is a statistic of one image. What exceeds white or lies below 0 has no agreed meaning and
-is refused. Alpha is dropped, the colour below it stays.
+MaxSampleValue of another form is a statistic of one image. What exceeds white or lies well below 0 has no agreed meaning
+and is refused. Alpha is dropped, the colour below it stays.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image
 _BITS, _WHITE_IS_ZERO, _MAX, _FORMAT = 258, 262, 281, 339  # TIFF tags
 _SIGNED = 2
 _OVERSHOOT = 0.01
-"""Share of white by which floats may leave their range: resampling does that."""
+"""Share of white by which values may leave their range: resampling and the correction of dark frames do that."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -44,9 +44,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> NDArray[np.uint8]:
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
+    if _tag(image, _BITS) == 32 and _tag(image, _FORMAT) != _SIGNED:
+        values = values.view(np.uint32)  # Pillow has no such mode
+    values = values.astype(np.int64)
     white = _white(image, int(values.max(initial=0)))
     _check(values.min(initial=0), values.max(initial=0), white, slack=0)
+    values = values.clip(min=0)
     if _tag(image, _WHITE_IS_ZERO) == 0:
         values = white - values
     return (values * 256 // (white + 1)).astype(np.uint8)  # of 16 bit, the high byte
