@@ -94,7 +94,7 @@ def test_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other").mkdir()
     outside = tmp_path / "other" / "x.yaml"
     outside.write_text(NAMES + "path: ../data\ntrain: images/train\n")
-    with pytest.raises(DataError, match=r"x\.yaml: path: .*'\.\./data' does not lie inside .* set root"):
+    with pytest.raises(DataError, match=r"x\.yaml: path: .*'\.\./data' does not lie inside .* set data.root"):
         YoloDataset(outside)
     assert len(YoloDataset(outside, root=tmp_path / "data")) == 1
     monkeypatch.chdir(tmp_path)
@@ -179,11 +179,18 @@ def test_a_wrong_layout_is_not_taken_for_negatives(tmp_path: Path) -> None:
         YoloDataset(tmp_path / "none.yaml")
 
 
-def test_links_out_of_the_root_are_refused(tmp_path: Path) -> None:
+def test_images_may_lie_on_another_disk(tmp_path: Path) -> None:
     file = write(tmp_path / "set", {"a": "0 0.5 0.5 0.2 0.4"})
-    Image.new("RGB", (100, 50)).save(tmp_path / "secret.png")
-    (tmp_path / "set" / "images" / "train" / "b.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(DataError, match=r"b\.png' does not lie inside"):
+    Image.new("RGB", (100, 50)).save(tmp_path / "other.png")
+    (tmp_path / "set" / "images" / "train" / "b.png").symlink_to(tmp_path / "other.png")
+    (tmp_path / "set" / "images").rename(tmp_path / "disk")
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "disk")
+    assert [len(YoloDataset(file)[index].target.boxes) for index in range(2)] == [1, 0]
+
+
+def test_labels_in_pixels_are_refused_as_such(tmp_path: Path) -> None:
+    file = write(tmp_path, {"a": "0 50 25 10 10\n1 20 20 8 8", "b": "0 70 25 10 10", "c": None})
+    with pytest.raises(DataError, match=r"all 3 boxes lie far outside .* look like pixels where 0\.\.1 is expected"):
         YoloDataset(file)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dyndet.data.images import SUFFIXES, image_size, resolve_inside
+from dyndet.data.images import SUFFIXES, read_header, resolve_inside
 from dyndet.data.masks import Segmentation
-from dyndet.data.records import FileDataset, Record, Repairs
-from dyndet.errors import DataError
+from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
+from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
 
@@ -68,7 +68,7 @@ def _load(config: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(config.read_text("utf-8-sig"))
     except OSError as error:
-        raise DataError(f"{config} cannot be read ({error.strerror}): check the path") from error
+        raise MissingDataError(f"{config} cannot be read ({error.strerror}): check the path") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{config} is not valid yaml ({error}): correct it") from error
     if not isinstance(content, dict):
@@ -102,7 +102,9 @@ def _images(root: Path, content: dict[str, Any], split: str, config: Path) -> li
         elif source.is_file():
             images += _listed(root, source)
         else:
-            raise DataError(f"{config}: {split} names {source}, which does not exist: correct it, or set root")
+            raise MissingDataError(
+                f"{config}: {split} names {source}, which does not exist: correct it, or set data.root"
+            )
     if not images:
         raise DataError(f"split {split!r} of {config} has no images")
     return sorted(set(images))
@@ -121,7 +123,7 @@ def _inside(root: Path, name: object, where: str) -> Path:
     try:
         return resolve_inside(root, str(name))
     except DataError as error:
-        raise DataError(f"{where}: {error}, or set root to the folder that holds the data") from error
+        raise DataError(f"{where}: {error}, or set data.root to the folder that holds the data") from error
 
 
 def _label_file(root: Path, image: Path) -> Path:
@@ -136,8 +138,9 @@ def _label_file(root: Path, image: Path) -> Path:
 def _record(
     image: Path, file: Path, image_id: int, labels: dict[int, int], load_masks: bool, repairs: Repairs
 ) -> Record:
-    size = image_size(image)
-    scale = np.array([size[1], size[0]], np.float64)
+    header = read_header(image)
+    height, width = header.upright  # what labels are relative to
+    scale = np.array([width, height], np.float64)
     boxes: list[np.ndarray] = []
     classes: list[int] = []
     polygons: list[Segmentation] = []
@@ -150,7 +153,7 @@ def _record(
         if id not in labels:
             raise DataError(f"{where} has class {id}, which the configuration does not name: correct one of them")
         if load_masks and len(points) == 2:
-            raise DataError(f"{where} is a box without a polygon: set load_masks=false")
+            raise DataError(f"{where} is a box without a polygon: {WITHOUT_MASKS}")
         with np.errstate(all="ignore"):
             points = points * scale
             centre, extent = points[0], points[-1]
@@ -160,7 +163,7 @@ def _record(
         polygons.append([points.ravel().tolist()])
         lines.append(number)
     boxes_array = np.array(boxes, np.float64).reshape(-1, 4)
-    record = Record.of(image, image_id, size, boxes_array, classes, segmentations=polygons if load_masks else None)
+    record = Record.of(image, image_id, header, boxes_array, classes, segmentations=polygons if load_masks else None)
     return record.repaired(repairs, lambda index: f"{file.name} line {lines[index]}")
 
 
