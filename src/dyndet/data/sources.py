@@ -92,7 +92,7 @@ def _paths(item: str, skip: str | None, *, named: bool, lists: bool = True) -> I
     if path.is_file():
         return _listed(path, skip) if path.suffix.lower() == ".txt" and lists else [path]
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 - absolute globs too
-    if found or glob.has_magic(item):
+    if found:
         return [file for file in found if file.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES]
     return [path] if named else []
 

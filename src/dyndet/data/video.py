@@ -66,7 +66,7 @@ class Video:
             raise DataError(f"{what} {source.path} cannot be opened ({reason(error)})") from error
         if not self._container.streams.video:
             self._container.close()
-            raise DataError(f"video {source.path} has no pictures, only sound")
+            raise DataError(f"video {source.path} has no pictures: it is cut off, or holds only sound")
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         self.rate = Fraction(self._stream.average_rate or USUAL_RATE) / step
