@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """What was wrong, where, and what to do."""
+    """What was wrong, where, and what to do.
+
+    Attributes:
+        exit_code: of a command that ends so.
+    """
+
+    exit_code = 2
 
 
 class DataError(UserError):

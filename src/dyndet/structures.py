@@ -220,6 +220,11 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __getitem__(self, keep: Tensor) -> Detections:
+        """Only some of them: (N,) bool or indices."""
+        masks = None if self.masks is None else self.masks[keep]
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep], masks=masks)
+
     def to(self, device: torch.device | str) -> Detections:
         masks = None if self.masks is None else self.masks.to(device)
         return replace(

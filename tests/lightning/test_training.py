@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 import dyndet
 from dyndet.checkpoints.read import read_checkpoint, resume_path
 from dyndet.cli.compose import build, compose_command, compose_experiment
-from dyndet.data.sources import find_images
+from dyndet.data.sources import find_sources
 from dyndet.errors import UserError
 from dyndet.evaluate import evaluate
 from dyndet.metrics.export import write_ground_truth
@@ -163,7 +163,7 @@ def test_predict_draws_and_writes(trained: tuple[Path, dict[str, float]], tmp_pa
     results = json.loads((out / "detections.json").read_text())
     assert [Path(item["file"]).name for item in results] == ["0.png", "1.png"]
     assert all(item["gmacs"] > 0 and item["size"] == [60, 80] for item in results)
-    assert {path.name for path in (out / "pictures").iterdir()} == {"0000_0.png", "0001_1.png"}
+    assert {path.name for path in (out / "pictures").iterdir()} == {"0.jpg", "1.jpg"}
 
 
 def test_report_of_runs(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
@@ -200,4 +200,4 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_sources_without_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images there"):
-        find_images(str(tmp_path))
+        find_sources(str(tmp_path))
