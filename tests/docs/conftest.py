@@ -1,0 +1,8 @@
+"""Scripts are run as files, so their folder is where they import from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
