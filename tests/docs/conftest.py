@@ -1,8 +1,9 @@
-"""Scripts are run as files, so their folder is where they import from."""
+"""Where these tests import from: scripts are run as files, and releases are those that converting is tested with."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "convert")]

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from blocks import Block, call_of, lines_of
 from PIL import Image
+from released_layouts import RELEASES, random_weights
 
 from commands import ENVIRONMENT, forked
 from dyndet.data.shapes import ShapesDataset
@@ -89,17 +90,16 @@ def _step1(sandbox: Sandbox) -> None:
 
 
 def _step2(sandbox: Sandbox) -> None:
-    """The same with a router, calibrated."""
+    """The same with a router."""
     sandbox.prepare("RUN1")
     step2 = ["+router=exact", "init=RUN1/checkpoints/last.ckpt", "trainer.check_val_every_n_epoch=1"]
     sandbox.command("train", *DYNAMIC, *step2, "hydra.run.dir=RUN2", *TINY)
-    sandbox.command("calibrate", "ckpt=RUN2/checkpoints/last.ckpt", "latency_images=2")
 
 
 def _photos(sandbox: Sandbox) -> None:
     (sandbox.folder / "photos").mkdir()
     for index in range(2):
-        _picture(ShapesDataset(2, size=96, seed=5), index).save(sandbox.folder / "photos" / f"{index}.jpg")
+        _picture(ShapesDataset(length=2, size=96, seed=5), index).save(sandbox.folder / "photos" / f"{index}.jpg")
 
 
 def _my_data(sandbox: Sandbox) -> None:
@@ -107,12 +107,18 @@ def _my_data(sandbox: Sandbox) -> None:
     for split, length, seed in (("train", 16, 6), ("valid", 8, 7)):
         folder = sandbox.folder / "my_data" / split
         folder.mkdir(parents=True)
-        shapes = ShapesDataset(length, size=96, seed=seed)
+        shapes = ShapesDataset(length=length, size=96, num_classes=4, seed=seed)
         truth = write_ground_truth(shapes)
         for index, entry in enumerate(truth["images"]):
             entry["file_name"] = f"{split}_{index:03d}.jpg"
             _picture(shapes, index).save(folder / entry["file_name"])
         (folder / "_annotations.coco.json").write_text(json.dumps(truth))
+
+
+def _released(sandbox: Sandbox) -> None:
+    """A file in the layout of mmdetection's ATSS, with random weights."""
+    release = RELEASES["mmdet atss_r50"]
+    torch.save({"state_dict": random_weights(release.shapes), "meta": release.meta}, sandbox.folder / "released.pth")
 
 
 def _picture(shapes: ShapesDataset, index: int) -> Image.Image:
@@ -121,4 +127,5 @@ def _picture(shapes: ShapesDataset, index: int) -> Image.Image:
 
 MAKERS: dict[str, Callable[[Sandbox], None]] = {
     "RUN": _run, "RUN1": _step1, "RUN2": _step2, "photos": _photos, "my_data": _my_data,
+    "released.pth": _released,
 }  # fmt: skip
