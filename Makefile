@@ -5,7 +5,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types bench bench-gpu kernels wheel clean
+.PHONY: help setup train test lint types docs bench bench-gpu kernels wheel clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 12
@@ -32,6 +32,10 @@ lint: $(READY)  ## ruff: style and formatting
 types: $(READY)  ## pyright
 	$(BIN)/pyright
 
+docs: $(READY)  ## build the pages of docs/ into site/; a broken link fails
+	$(BIN)/zensical build --clean --strict
+	@echo "open site/index.html"
+
 bench: $(READY)  ## dense against sparse execution on this CPU, checked against the goals
 	rm -f outputs/bench_cpu.jsonl
 	$(BIN)/python scripts/bench_sparse.py --suite cpu --json outputs/bench_cpu.jsonl $(ARGS); measured=$$?; \
@@ -50,4 +54,4 @@ wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --installer uv
 
 clean:  ## remove what make and runs have made, except outputs/
-	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .cache *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis
