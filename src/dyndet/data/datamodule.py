@@ -53,9 +53,6 @@ class DetectionDataModule(LightningDataModule):
         hint: what to do when files cannot be found; added to that error.
     """
 
-    # With more processes than evaluation images, some processes have none.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         *,
@@ -78,7 +75,6 @@ class DetectionDataModule(LightningDataModule):
         hint: str = "",
     ) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # Lightning's constructor sets it to False
         for key, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be at least 1, got {value}")
@@ -153,6 +149,8 @@ class DetectionDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Sample]:
         rank, world_size = _rank_and_world_size()
         sampler = KeyedSampler(len(self.val), shuffle=False, even=False, rank=rank, world_size=world_size)
+        if not len(sampler):  # more processes than images: Lightning skips loaders without batches, the others wait
+            return DataLoader([NOTHING], batch_size=None)  # type: ignore[arg-type]
         dataset = KeyedDataset(self.val, self.val_transform, self.seed)
         return self._loader(dataset, sampler=sampler, batch_size=self.val_batch_size)
 
@@ -256,6 +254,10 @@ class DetectionDataModule(LightningDataModule):
             generator=keyed_generator(self.seed),
             **kwargs,
         )
+
+
+NOTHING = Batch(ImageBatch.of(torch.zeros(0, 3, 1, 1)), [])
+"""What a process without evaluation images takes its part in validation with."""
 
 
 class Subset:

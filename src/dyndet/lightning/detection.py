@@ -69,7 +69,9 @@ class DetectionModule(LightningModule):
         return losses.total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        """Updates the metrics; callbacks get the `detections` and the `routing` of the batch."""
+        """Updates the metrics; callbacks get the `detections` and the `routing` of the batch, which may be empty."""
+        if not batch.targets:
+            return {"detections": [], "routing": None}
         detections, routing = self.detector.detect_with_routing(batch.images)
         sizes = batch.images.sizes.tolist()
         macs = meter_batch(self.compute, self.static, routing, sizes)
