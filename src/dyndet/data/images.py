@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dyndet.data.pixels import to_rgb
+from dyndet.data.value_range import to_rgb
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Size
 
@@ -79,7 +79,7 @@ def read_image(
 ) -> Tensor:
     """Decodes an image file to uint8 (3, H, W) RGB, upright.
 
-    Grey is repeated, palettes and CMYK are converted, alpha is dropped; `dyndet.data.pixels` tells what counts as white
+    Grey is repeated, palettes and CMYK are converted, alpha is dropped; `dyndet.data.value_range` tells what counts as white
     in files of more than 8 bit. Of an animation the first frame is read.
 
     Args:

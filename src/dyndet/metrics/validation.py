@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from dyndet.metrics.export import original_area, original_xywh, to_coco_json
+from dyndet.metrics.export import to_coco_json, truth_of
 from dyndet.structures import Category, Detections, Size, Target
 
 FILES = ("ground_truth.json", "detections.json", "compute.json")
@@ -53,9 +53,10 @@ class ImageFacts:
         place = str(Path(path).absolute()) if path else ""
         entry = {"id": target.image_id, "height": height, "width": width, "file_name": Path(path).name, "path": place}
         self.images.append(entry)
-        boxes, areas = original_xywh(target, size).tolist(), original_area(target, size).tolist()
-        labels, crowd = target.labels.tolist(), target.crowd.tolist()
-        for box, area, label, many in zip(boxes, areas, labels, crowd, strict=True):
+        truth = truth_of(target, size)
+        areas = truth.boxes[:, 2:].prod(1) if truth.area is None else truth.area
+        columns = (truth.boxes.tolist(), areas.tolist(), truth.labels.tolist(), truth.crowd.tolist())
+        for box, area, label, many in zip(*columns, strict=True):
             row = {"image_id": target.image_id, "category_id": categories[label].id}
             self.annotations.append(row | {"bbox": box, "area": area, "iscrowd": int(many)})
         self.detections += to_coco_json([found], [target.image_id], categories)
