@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dyndet.lightning.optim import warmup_multistep
 from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
@@ -93,6 +96,11 @@ class DetectionModule(LightningModule):
         optimizer = self.build_optimizer(self.detector)
         if self.build_schedule is None:
             return optimizer
+        if math.isinf(self.trainer.estimated_stepping_batches):  # how long it lasts, a clock or a callback decides
+            rank_zero_warn("a run without trainer.max_epochs or trainer.max_steps has no schedule: its learning rate "
+                           "stays the same after 100 steps of warm-up")  # fmt: skip
+            schedule = warmup_multistep(optimizer, total_steps=0, milestones=[], warmup_steps=100)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = self.build_schedule(optimizer, total_steps=total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
