@@ -1,4 +1,4 @@
-"""Modules that lay elsewhere once: importing an old place gives the new one, with a DeprecationWarning that names it."""
+"""Modules that lay elsewhere once: importing an old place gives the new one, with a DeprecationWarning naming it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, cast
 
 MOVED: dict[str, str] = {
     "dyndet.arguments": "dyndet.cli.arguments",
@@ -60,8 +60,8 @@ def new_place(module: str) -> str | None:
     return None
 
 
-class OldPlaces(MetaPathFinder, Loader):
-    """Stands last in `sys.meta_path`: it is asked for what nobody else finds, and costs nothing before."""
+class OldPlaces:
+    """Finder and loader, last in `sys.meta_path`: asked only for what nobody else finds, it costs nothing."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -70,9 +70,12 @@ class OldPlaces(MetaPathFinder, Loader):
         if new is None:
             return None
         warnings.warn(f"{fullname} is now {new}", DeprecationWarning, stacklevel=2)
-        return ModuleSpec(
-            fullname, self, is_package=True
-        )  # with nothing on its path: its parts are asked for here, too
+        # A package with nothing on its path, so that its parts are asked for here, too. No subclasses of importlib.abc:
+        # importing that takes longer than all the rest.
+        return ModuleSpec(fullname, cast(Any, self), is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """None: an ordinary, empty module."""
 
     def exec_module(self, module: ModuleType) -> None:
         """Puts the module itself in the place of the empty one, so that there is one of each class."""

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dyndet.cli.compose import check_choices, config_source, explain
-from dyndet.cli.configured import about_a_value
+from dyndet.cli.configured import about_a_value, check_ranges
 from dyndet.cli.folders import run_folder
 from dyndet.cli.jobs import run_job
 from dyndet.cli.quoting import check_single, expand_home, flags_and_overrides, read_paths
@@ -75,6 +75,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         expand_home(config)
         check_single(config)
         _require_all(config)
+        check_ranges(config)
         check_choices(config, HydraConfig.get().overrides.task)
         return task(config)
 
@@ -109,9 +110,7 @@ def _one_line(error: Exception, command: str) -> str | None:
         text = str(error).rpartition(f"{type(error).__name__}: ")[2]
     elif isinstance(error, OmegaConfBaseException):
         text = explain(error, sys.argv[1:], command)
-    elif about_a_value(error):
-        text = str(error)
-    else:
+    elif (text := about_a_value(error)) is None:
         return None
     return " ".join(text.split())
 

@@ -72,7 +72,7 @@ def run_job(task: Callable[[DictConfig], Any], config: DictConfig, folder: Path,
 
 def fingerprint(config: DictConfig, task: str) -> str:
     """Of what a job computes: its task and its resolved configuration, wherever it writes."""
-    plain = OmegaConf.masked_copy(config, [key for key in config if key not in _NOT_RESULTS])
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key not in _NOT_RESULTS])
     for key in _NOT_RESULTS:
         OmegaConf.update(plain, key, "", force_add=True)  # what refers to it is the same for all
     values = OmegaConf.to_container(plain, resolve=True)

@@ -10,11 +10,13 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.lightning.going_on import align_data, continue_optimizer, parameter_names
+from dyndet.lightning.optim import warmup_multistep
 from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
@@ -113,8 +115,14 @@ class DetectionModule(LightningModule):
         optimizer = self.build_optimizer(self.detector)
         total_steps, scheduler = math.inf, None
         if self.build_schedule is not None:
-            total_steps = int(self.trainer.estimated_stepping_batches)
-            scheduler = self.build_schedule(optimizer, total_steps=total_steps)
+            total_steps = self.trainer.estimated_stepping_batches
+            if math.isinf(total_steps):  # how long it lasts, a clock or a callback decides
+                rank_zero_warn("a run without trainer.max_epochs or trainer.max_steps has no schedule: its learning "
+                               "rate stays the same after 100 steps of warm-up")  # fmt: skip
+                scheduler = warmup_multistep(optimizer, total_steps=0, milestones=[], warmup_steps=100)
+            else:
+                total_steps = int(total_steps)
+                scheduler = self.build_schedule(optimizer, total_steps=total_steps)
         if self._resumed is not None:
             continue_optimizer(self._resumed, self, optimizer, scheduler, total_steps)
             self._resumed = None
