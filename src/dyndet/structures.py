@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dyndet.routing import Routing
@@ -27,9 +29,37 @@ class Category:
     name: str
 
 
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """The objects of one image exactly as annotated, in pixels on disk: what evaluation compares with.
+
+    Other than in a `Target`, boxes may leave the image here or have no area. Arrays, because they never leave the host.
+
+    Attributes:
+        boxes: (N, 4) float64, x, y, width, height.
+        labels: (N,) int64 in 0..K-1.
+        crowd: (N,) bool.
+        area: (N,) float64 in square pixels, or None to take those of masks or boxes.
+        segmentations: N polygons or run lengths, or None.
+    """
+
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    area: NDArray[np.floating] | None = None
+    segmentations: list[Any] | None = None
+
+    def __getitem__(self, keep: NDArray[np.bool_]) -> Truth:
+        """Some of the objects: (N,) bool."""
+        area = None if self.area is None else self.area[keep]
+        parts = self.segmentations
+        parts = None if parts is None else [part for part, kept in zip(parts, keep, strict=True) if kept]
+        return Truth(self.boxes[keep], self.labels[keep], self.crowd[keep], area, parts)
+
+
 @dataclass
 class Target:
-    """Ground truth of one image.
+    """Ground truth of one image, fit for training.
 
     Attributes:
         boxes: (N, 4) float32, xyxy in pixels of the image it belongs to.
@@ -38,11 +68,13 @@ class Target:
         masks: (N, H, W) bool, or None when the dataset has none or they were not asked for.
         area: (N,) annotated areas in square pixels on disk (COCO: of the mask), or None to take those of the boxes.
         image_id: id in the original annotations.
-        original_size: (H, W) of the image on disk, before any transform.
+        original_size: (H, W) of the image as read from disk (upright), before any transform.
         path: the file it came from, "" when generated.
         difficulty: 0 (easy) .. 1 (hard) where the dataset knows it.
         segmentations: N polygons or run lengths of the masks on disk, as annotated, where the dataset has them:
             evaluation reads these, because transforms resize `masks`.
+        truth: the objects as annotated, where the dataset reads them from files: evaluation compares with these.
+            Transforms that move objects in the image drop it.
     """
 
     boxes: Tensor
@@ -55,6 +87,7 @@ class Target:
     path: str = ""
     difficulty: float | None = None
     segmentations: list[Any] | None = None
+    truth: Truth | None = None
 
     @classmethod
     def of(cls, value: Target | dict[str, Tensor]) -> Target:
@@ -85,7 +118,12 @@ class Target:
         """The same target with only some of its objects: (N,) bool or indices."""
         tensors = ("boxes", "labels", "crowd", "masks", "area")
         kept = {name: getattr(self, name)[keep] for name in tensors if getattr(self, name) is not None}
-        return replace(self, **kept, segmentations=None)  # evaluation reads whole targets
+        return replace(self, **kept, segmentations=None, truth=None)  # evaluation reads whole targets
+
+    def without_masks(self) -> Target:
+        """The same target with boxes alone."""
+        truth = None if self.truth is None else replace(self.truth, segmentations=None)
+        return replace(self, masks=None, segmentations=None, truth=truth)
 
 
 @dataclass

@@ -171,7 +171,7 @@ def test_bad_sets_are_refused_at_once(tmp_path: Path) -> None:
         FileDataset([Record.of(tmp_path / "gone.png", 1, SIZE, [], [])], CATEGORIES)
     with pytest.raises(DataError, match=r"a\.png has 40 x 60 pixels .* for 60 x 40"):
         FileDataset([Record.of(tmp_path / "a.png", 1, (60, 40), [], [])], CATEGORIES)
-    with pytest.raises(DataError, match="load_masks=false"):
+    with pytest.raises(DataError, match=r"set data\.masks=false \(load_masks=False"):
         FileDataset([good], CATEGORIES, load_masks=True)
 
 
@@ -199,7 +199,8 @@ def test_one_warning_sums_up_the_repairs(tmp_path: Path, caplog: pytest.LogCaptu
     assert dataset.repairs.counts == {"inverted": 1, "clipped": 2}
     (message,) = caplog.messages
     assert message == (
-        "x.json: boxes mended: 1 inverted dropped (annotation 0); 2 clipped to the image (annotation 1, annotation 2)"
+        "x.json: boxes mended: 1 inverted dropped (annotation 0); 2 clipped to the image (annotation 1, annotation 2); "
+        "evaluation takes them as annotated"
     )
     caplog.clear()
     FileDataset([good], CATEGORIES)

@@ -17,7 +17,8 @@ from dyndet.data.dataset import DetectionDataset
 from dyndet.data.layouts.folder import DataFolder
 from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, Mix, keyed_generator
 from dyndet.data.transforms import Compose, Transform
-from dyndet.errors import DataError, UserError
+from dyndet.data.usable import refuse_useless, warn_of_flat
+from dyndet.errors import DataError, MissingDataError, UserError
 from dyndet.structures import Batch, Category, ImageBatch, Sample
 
 Source = DetectionDataset | Callable[..., DetectionDataset]
@@ -49,7 +50,7 @@ class DetectionDataModule(LightningDataModule):
         pin_memory: page-locked batches; when CUDA is there if None.
         max_train: use only so many training images, spread evenly over the set.
         max_val: the same for validation.
-        hint: what to do when the data cannot be found; added to that error.
+        hint: what to do when files cannot be found; added to that error.
     """
 
     # With more processes than evaluation images, some processes have none.
@@ -106,7 +107,7 @@ class DetectionDataModule(LightningDataModule):
         """Builds the splits that `stage` needs, once.
 
         Raises:
-            DataError: if a split is empty.
+            DataError: if a split is empty or none of its boxes is usable.
             UserError: if the categories do not fit `num_classes` or differ between the splits.
         """
         if stage in ("fit", None):
@@ -145,7 +146,7 @@ class DetectionDataModule(LightningDataModule):
         if not len(batches):
             raise UserError(
                 f"the training split gives {len(self._sampler)} images per process, too few for one batch of "
-                f"{self.batch_size}: lower data.batch_size or set data.drop_last=false"
+                f"{self.batch_size}: lower data.batch_size or set data.module.drop_last=false"
             )
         dataset = KeyedDataset(self.train, self.train_transform, self.seed, self.train_mix)
         return self._loader(dataset, batch_sampler=batches)
@@ -212,12 +213,15 @@ class DetectionDataModule(LightningDataModule):
         source = self._sources[name]
         try:
             split = source(*([] if self.folder is None else [self.folder])) if callable(source) else source
-        except DataError as error:
-            raise DataError(f"{error}. {self.hint}" if self.hint else str(error)) from error
+        except MissingDataError as error:
+            raise MissingDataError(f"{error}. {self.hint}" if self.hint else str(error)) from error
+        refuse_useless(split, name)
+        if name == "train":
+            warn_of_flat(split, name)
         if limit is not None and limit < len(split):
             split = Subset(split, [i * len(split) // limit for i in range(limit)])
         if not len(split):
-            raise DataError(f"the {name} split has no images: check data.{name} and data.max_{name}")
+            raise DataError(f"the {name} split has no images: check its files and data.max_{name}")
         count = len(split.categories)
         if self._num_classes not in (None, count):
             raise UserError(

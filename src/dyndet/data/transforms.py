@@ -156,7 +156,8 @@ def flip(sample: Sample) -> Sample:
     x1, y1, x2, y2 = target.boxes.unbind(1)
     boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
     masks = None if target.masks is None else tv.horizontal_flip(target.masks)
-    return Sample(tv.horizontal_flip(sample.image), replace(target, boxes=boxes, masks=masks))
+    target = replace(target, boxes=boxes, masks=masks, segmentations=None, truth=None)
+    return Sample(tv.horizontal_flip(sample.image), target)
 
 
 def _resize_masks(masks: Tensor, size: Size) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
@@ -13,9 +13,9 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
-from dyndet.data.images import SUFFIXES, image_size, resolve_inside
+from dyndet.data.images import SUFFIXES, read_header, resolve_inside
 from dyndet.data.records import FileDataset, Record, Repairs
-from dyndet.errors import DataError
+from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,10 @@ def _stems(root: Path, split: str) -> tuple[Path, list[str]]:
     listing = resolve_inside(folder, f"{split}.txt")
     if not listing.is_file():
         splits = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
-        raise DataError(f"{listing} does not exist: set root and split (splits found there: {splits})")
+        raise MissingDataError(
+            f"{listing} does not exist: set data.root, and data.train_split and data.val_split (splits found there: "
+            f"{splits})"
+        )
     try:
         lines = listing.read_text("utf-8-sig").splitlines()
     except ValueError as error:
@@ -193,16 +196,19 @@ def _number(item: Element, key: str, where: str | Path, default: float | None = 
 def _record(
     path: Path, page: _Page, image_id: int, labels: dict[str, int], keep_difficult: bool, repairs: Repairs
 ) -> Record:
-    size = image_size(path)
-    if 0 not in page.size and page.size != size:
+    header = read_header(path)
+    size = header.stored if page.size == header.stored else header.upright
+    sized = 0 not in page.size
+    if sized and page.size != size:
+        turned = f", nor without its EXIF orientation {header.orientation}" if header.orientation != 1 else ""
         raise DataError(
             f"{page.path} is for an image of {page.size[0]:g} x {page.size[1]:g} pixels (H x W), but {path} has "
-            f"{size[0]} x {size[1]}: use the annotated file (images are read without rotating them by EXIF orientation)"
+            f"{size[0]} x {size[1]}{turned}: use the annotated file"
         )
     objects = [item for item in page.objects if item.name in labels and (keep_difficult or not item.difficult)]
     boxes = [item.box for item in objects]
     classes, crowd = [labels[item.name] for item in objects], [item.difficult for item in objects]
-    record = Record.of(path, image_id, size, boxes, classes, crowd)
+    record = replace(Record.of(path, image_id, size, boxes, classes, crowd), header=header, sized=sized)
     return record.repaired(repairs, lambda index: f"{page.path.name} object {objects[index].position}")
 
 

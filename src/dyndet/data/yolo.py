@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dyndet.data.images import image_size
+from dyndet.data.images import read_header
 from dyndet.data.masks import Segmentation
-from dyndet.data.records import FileDataset, Record, Repairs
+from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
 from dyndet.data.yolo_config import YoloConfig
 from dyndet.errors import DataError
 
@@ -106,8 +106,9 @@ def _texts(folder: Path) -> set[str]:
 def _record(
     image: Path, file: Path | None, image_id: int, labels: dict[int, int], load_masks: bool, repairs: Repairs
 ) -> Record:
-    size = image_size(image)
-    scale = np.array([size[1], size[0]], np.float64)
+    header = read_header(image)
+    height, width = header.upright  # what labels are relative to
+    scale = np.array([width, height], np.float64)
     boxes: list[np.ndarray] = []
     classes: list[int] = []
     polygons: list[Segmentation] = []
@@ -120,7 +121,7 @@ def _record(
         if id not in labels:
             raise DataError(f"{where} has class {id}, which the configuration does not name: correct one of them")
         if load_masks and len(points) == 2:
-            raise DataError(f"{where} is a box without a polygon: set load_masks=false")
+            raise DataError(f"{where} is a box without a polygon: {WITHOUT_MASKS}")
         with np.errstate(all="ignore"):
             points = points * scale
             centre, extent = points[0], points[-1]
@@ -130,7 +131,7 @@ def _record(
         polygons.append([points.ravel().tolist()])
         lines.append(number)
     boxes_array = np.array(boxes, np.float64).reshape(-1, 4)
-    record = Record.of(image, image_id, size, boxes_array, classes, segmentations=polygons if load_masks else None)
+    record = Record.of(image, image_id, header, boxes_array, classes, segmentations=polygons if load_masks else None)
     return record.repaired(repairs, lambda index: f"{image.stem}.txt line {lines[index]}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import yaml
 
 from dyndet.data.images import SUFFIXES, resolve_inside
 from dyndet.data.layouts.tree import Listing, Tree
-from dyndet.errors import DataError
+from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
 SYNONYMS = {"val": ("val", "valid", "validation"), "train": ("train",), "test": ("test",)}
@@ -87,9 +88,9 @@ class YoloConfig:
         for entry in self.entries[split]:
             place = self._find(entry)
             if place is None:
-                raise DataError(
+                raise MissingDataError(
                     f"{self.source}: {split} names {self.bases[0] / entry}, which does not exist: correct it, or set "
-                    "root (data.root) to the folder that holds the data"
+                    "data.root to the folder that holds the data"
                 )
             if place.is_dir():
                 found = [listing.image(name) for listing in Tree.of(place).with_images() for name in listing.images]
@@ -145,7 +146,7 @@ class YoloConfig:
         try:
             return resolve_inside(listing.parent, line)  # it does not exist, which reading it will say
         except DataError as error:
-            hint = "or set root (data.root) to the folder that holds the data"
+            hint = "or set data.root to the folder that holds the data"
             raise DataError(f"{listing}: {error}, {hint}") from error
 
     def _folder_with(self, folder: str, name: str, listing: Path, bases: list[Path]) -> Listing | None:
@@ -193,7 +194,7 @@ def _load(file: Path) -> dict[str, Any]:
             return dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE)) | {"_darknet": True}
         content = yaml.safe_load(text)
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}): check the path") from error
+        raise MissingDataError(f"{file} cannot be read ({error.strerror}): check the path") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid yaml ({error}): correct it") from error
     if not isinstance(content, dict):
@@ -261,4 +262,6 @@ def _straight(place: Path) -> Path:
 
 
 def _within(folder: Path, base: Path) -> bool:
-    return folder.resolve().is_relative_to(base.resolve())
+    """By its text, links as they are, or where it really lies."""
+    text = Path(os.path.normpath(folder.absolute()))
+    return text.is_relative_to(os.path.normpath(base.absolute())) or folder.resolve().is_relative_to(base.resolve())

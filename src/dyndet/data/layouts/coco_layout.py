@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dyndet.data.coco import CocoDataset, load_coco
-from dyndet.data.images import resolve_inside
+from dyndet.data.images import find_inside
 from dyndet.data.layouts.found import ALL, Found, Wanted, listed, split_of, split_word
 from dyndet.data.layouts.tree import Tree
 from dyndet.data.records import FileDataset
-from dyndet.errors import DataError, UserError
+from dyndet.errors import DataError, MissingDataError, UserError
 
 _OTHER_TASKS = re.compile(r"captions|keypoints|panoptic|stuff|image_info|unlabeled")
 _KEYS = (b'"images"', b'"annotations"', b'"categories"')
@@ -110,27 +110,10 @@ def _read(
             )
         for entry in content["images"]:
             if isinstance(name := entry.get("file_name"), str):
-                entry["file_name"] = _shortened(name, dropped, folder)
+                entry["file_name"] = _shortened(name, dropped)
     else:
         folder = given
-    umbrella = _umbrella(content)
-    if umbrella is not None:
-        content["categories"].remove(umbrella)
-        notes.append(f"{file.name}: category {umbrella['name']!r} is the name of the set and left out")
     return CocoDataset(file, folder, classes=wanted.classes, content=content, **options)
-
-
-def _umbrella(content: dict[str, Any]) -> dict[str, Any] | None:
-    """The first category of Roboflow's exports: it has no objects, and all others lie under it."""
-    categories = content["categories"]
-    if len(categories) < 2:
-        return None
-    first = min(categories, key=lambda category: category.get("id", 0) if isinstance(category.get("id"), int) else 0)
-    others = [category for category in categories if category is not first]
-    if first.get("supercategory") != "none" or any(item.get("supercategory") != first.get("name") for item in others):
-        return None
-    used = any(entry.get("category_id") == first.get("id") for entry in content["annotations"])
-    return None if used else first
 
 
 def _candidates(file: Path, split: str, tree: Tree | None) -> Iterator[Path]:
@@ -165,12 +148,12 @@ def _locate(content: dict[str, Any], folders: Iterator[Path], file: Path, root: 
     best: tuple[int, Path, int] = (0, root, 0)
     for dropped in range(min(deepest, _MOST_DROPPED) + 1):
         for folder in places:
-            hits = sum(_exists(folder, _shortened(name, dropped, folder)) for name in sample)
+            hits = sum(_exists(folder, _shortened(name, dropped)) for name in sample)
             if hits == len(sample):
                 return folder, dropped, 0
             best = max(best, (hits, folder, dropped), key=lambda item: item[0])
     if not best[0]:
-        raise DataError(
+        raise MissingDataError(
             f"{file} names images such as {sample[0]!r}, which lie in no folder of {root}: put them there, or give "
             "data=coco data.train_images=FOLDER (data.val_images)"
         )
@@ -182,16 +165,14 @@ def _parts(name: str) -> list[str]:
     return [part for part in parts if part not in ("/", ".", "..") and not part.endswith(":")]
 
 
-def _shortened(name: str, dropped: int, folder: Path) -> str:
-    """A file name without its first folders; with slashes where Windows wrote backslashes."""
-    if dropped:
-        parts = _parts(name)
-        return "/".join(parts[min(dropped, len(parts) - 1) :]) if parts else name
-    return name if "\\" not in name or _exists(folder, name) else name.replace("\\", "/")
+def _shortened(name: str, dropped: int) -> str:
+    """A file name without its first folders."""
+    parts = _parts(name) if dropped else []
+    return "/".join(parts[min(dropped, len(parts) - 1) :]) if parts else name
 
 
 def _exists(folder: Path, name: str) -> bool:
     try:
-        return resolve_inside(folder, name).is_file()
+        return find_inside(folder, name).is_file()
     except (DataError, OSError):
         return False

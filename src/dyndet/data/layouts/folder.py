@@ -15,7 +15,7 @@ from dyndet.data.layouts.tree import Tree
 from dyndet.data.layouts.voc_layout import recognise_voc
 from dyndet.data.layouts.yolo_layout import recognise_yolo
 from dyndet.data.records import FileDataset
-from dyndet.errors import DataError, UserError
+from dyndet.errors import DataError, MissingDataError, UserError
 
 _RECOGNISERS = {"coco": recognise_coco, "yolo": recognise_yolo, "voc": recognise_voc}
 _SYNONYMS = {"valid": "val", "validation": "val", "training": "train"}
@@ -96,7 +96,7 @@ class DataFolder:
             keys = " or ".join(f"data.format={item.format}" for item in found)
             raise UserError(f"{self.root} holds {kinds}: choose one by {keys} (or data={found[0].format})")
         if not found:
-            raise DataError(self._nothing(tree))
+            raise MissingDataError(self._nothing(tree))
         return found[0]
 
     def read(self, part: Literal["train", "val"], *, load_masks: bool = False, skip_empty: bool = False) -> FileDataset:
@@ -126,7 +126,7 @@ class DataFolder:
 
     @property
     def pooled(self) -> str | None:
-        """The split that training images come from, where it is there: `train_split`, or all of a folder without any."""
+        """The split that training images come from, if it is there: `train_split`, or all of a folder without any."""
         splits = self.found.splits
         return self.train_split if self.train_split in splits else ALL if list(splits) == [ALL] else None
 
@@ -187,7 +187,8 @@ class DataFolder:
         images = sum(len(listing.images) for listing in tree.with_images())
         kinds = {suffix: len(tree.files(suffix)) for suffix in (".json", ".xml", ".txt", ".yaml", ".zip")}
         has = ", ".join([f"{images} images", *(f"{count} {suffix}" for suffix, count in kinds.items() if count)])
-        return f"{tree.root} holds no annotations that were recognised ({has} in {len(tree.folders)} folders): give {looked}"
+        place = f"{has} in {len(tree.folders)} folders"
+        return f"{tree.root} holds no annotations that were recognised ({place}): give {looked}"
 
 
 def read_part(

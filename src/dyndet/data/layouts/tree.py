@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dyndet.data.images import SUFFIXES, resolve_inside
-from dyndet.errors import DataError
+from dyndet.errors import DataError, MissingDataError
 
 MOST_FOLDERS = 20_000
 DEPTH = 8
@@ -70,7 +70,7 @@ class Tree:
                 DataError: if it does not exist, or is no data set but half a disk.
         """
         if not root.is_dir():
-            raise DataError(f"{root} {'is no folder' if root.exists() else 'does not exist'}: check the path")
+            raise MissingDataError(f"{root} {'is no folder' if root.exists() else 'does not exist'}: check the path")
         home, level, found = os.path.realpath(root), [root], {}
         linked: set[str] = set()
         for _ in range(depth + 1):

@@ -1,11 +1,10 @@
-"""VOC xml in any arrangement: with or without ImageSets, in folders of their own, in split folders, beside the images."""
+"""VOC xml in any arrangement: with or without ImageSets, in folders of their own or of splits, beside the images."""
 
 from __future__ import annotations
 
 import os
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from dyndet.data.layouts.found import ALL, Found, Wanted, listed, split_of, split_word
 from dyndet.data.layouts.tree import Listing, Tree
