@@ -40,6 +40,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if config.data.batch_size is not None:
         saved.config.data.val_batch_size = None  # there is one batch size here
     fill(saved.config.data, config.data, "data")
+    if "num_classes" in saved.config.data.module:
+        saved.config.data.module.num_classes = None  # other categories are named below
     data = build(saved.config.data.module)
     data.setup("validate")
     if data.categories != saved.categories:

@@ -17,6 +17,7 @@ from dyndet.checkpoints.start_from import start_from
 from dyndet.checkup.examination import check_before_training
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
+from dyndet.data.layouts.describe import describe
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
@@ -32,7 +33,11 @@ def train(config: DictConfig) -> dict[str, float]:
     seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = resume_path(config)
     data = build(config.data.module)
-    data.setup("fit")  # first, so that wrong paths show before anything slow
+    data.setup("fit")  # first: wrong paths show before anything slow, and the model gets the classes of the data
+    if "num_classes" in config.data:
+        config.data.num_classes = data.num_classes
+    if text := describe(data):
+        rank_zero_info(text)
     for line in check_before_training(data.train, data.val):
         rank_zero_info(f"data: {line}")
     if "router_loss" in config:

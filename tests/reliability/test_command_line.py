@@ -58,7 +58,7 @@ def test_without_coco_the_way_out_is_named_at_once(tmp_path: Path) -> None:
         ("train", ["data.num_classes=99"], ["num_classes"]),
         ("train", ["budget.weight=much"], ["budget", "much"]),
         ("train", ["ckpt_path=notes.txt"], ["notes.txt", "checkpoint"]),
-        ("train", ["data=files"], ["data.num_classes"]),
+        ("train", ["data=files"], ["data.root must be given"]),
         ("evaluate", ["ckpt=nowhere.ckpt"], ["nowhere.ckpt"]),
         ("evaluate", [], ["ckpt"]),
         ("report", ["runs=nowhere"], ["nowhere"]),
@@ -77,7 +77,7 @@ def test_help_lists_what_a_user_chooses(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     groups = dict(line.split(": ") for line in result.stdout.splitlines() if ": " in line)
     assert groups["neck"].split(", ")[-1] == "yolov7x" and "wide" in groups["neck"] and "fpn_small" in groups["neck"]
-    assert "fcos_d8_dyn" in groups["experiment"] and groups["data"] == "bccd, coco, shapes, voc, yolo"
+    assert "fcos_d8_dyn" in groups["experiment"] and groups["data"] == "auto, bccd, coco, shapes, voc, yolo"
     assert not groups.keys() & {"convert", "size", "predictor/roi", "predictor/rpn"}
 
 

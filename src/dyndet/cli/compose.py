@@ -27,6 +27,8 @@ from dyndet.errors import UserError
 def compose_experiment(experiment: str | None = None, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration of an experiment, as `python -m dyndet.train +experiment=... overrides...` would see it.
 
+    No data is read here: where it would say the number of classes, that of the data set by its name is taken.
+
     Args:
         experiment: a name under `conf/experiment`; None gives the defaults.
         overrides: Hydra overrides, for instance ["head.depth=4", "budget.weight=0.4"].
@@ -34,7 +36,11 @@ def compose_experiment(experiment: str | None = None, overrides: Sequence[str] =
     Raises:
         UserError: on an unknown experiment or key.
     """
-    return compose_command("train", [*([] if experiment is None else [f"+experiment={experiment}"]), *overrides])
+    config = compose_command("train", [*([] if experiment is None else [f"+experiment={experiment}"]), *overrides])
+    data = config.data
+    if "num_classes" in data and not OmegaConf.is_missing(data, "num_classes") and data.num_classes is None:
+        data.num_classes = data.get("usual_classes")
+    return config
 
 
 def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:

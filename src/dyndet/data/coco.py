@@ -30,6 +30,7 @@ class CocoDataset(FileDataset):
         classes: names of the categories to keep, in label order; None keeps all, ordered by id.
         skip_empty: leaves out images without a box that trains (usual for training; evaluation needs them all).
         load_masks: whether targets carry (N, H, W) masks.
+        content: of the json, where `load_coco` has read it already.
 
     Raises:
         DataError: if the json or an entry of it is malformed, contradicts itself or names files outside of `images`.
@@ -44,9 +45,10 @@ class CocoDataset(FileDataset):
         classes: Sequence[str] | None = None,
         skip_empty: bool = False,
         load_masks: bool = False,
+        content: Entry | None = None,
     ) -> None:
         file, folder = Path(annotations), Path(images)
-        content = _load(file)
+        content = load_coco(file) if content is None else content
         if not folder.is_dir():
             raise MissingDataError(
                 f"image folder {folder} does not exist: give the folder that {file} takes its names from"
@@ -69,7 +71,12 @@ class CocoDataset(FileDataset):
         )
 
 
-def _load(file: Path) -> Entry:
+def load_coco(file: Path) -> Entry:
+    """Parses a COCO json.
+
+    Raises:
+        DataError: if it cannot be read, or lacks one of its lists.
+    """
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from dyndet.data.collate import Collate
 from dyndet.data.dataset import DetectionDataset
+from dyndet.data.layouts.folder import DataFolder
 from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, Mix, keyed_generator
 from dyndet.data.transforms import Compose, Transform
 from dyndet.data.usable import refuse_useless, warn_of_flat
@@ -22,7 +23,7 @@ from dyndet.errors import DataError, MissingDataError, UserError
 from dyndet.inputs import checked_targets
 from dyndet.structures import Batch, Category, ImageBatch, Sample
 
-Source = DetectionDataset | Callable[[], DetectionDataset]
+Source = DetectionDataset | Callable[..., DetectionDataset]
 Transforms = Transform | Sequence[Transform] | None
 
 
@@ -38,6 +39,7 @@ class DetectionDataModule(LightningDataModule):
         val: the validation set, which is also the test and prediction set, or a callable.
         batch_size: training images per process.
         num_classes: number of classes the model is built for, checked against the data; None takes that of the data.
+        folder: where both sets come from; `train` and `val` are called with it when they are built.
         train_mix: makes a training image of several (a mosaic, say), before the transforms.
         train_transform: one transform or several in order.
         val_transform: the same for evaluation.
@@ -60,6 +62,7 @@ class DetectionDataModule(LightningDataModule):
         val: Source,
         batch_size: int,
         num_classes: int | None = None,
+        folder: DataFolder | None = None,
         train_mix: Mix | None = None,
         train_transform: Transforms = None,
         val_transform: Transforms = None,
@@ -79,6 +82,7 @@ class DetectionDataModule(LightningDataModule):
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be at least 1, got {value}")
         self._num_classes = num_classes
+        self.folder = folder
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.train_mix = train_mix
@@ -217,7 +221,7 @@ class DetectionDataModule(LightningDataModule):
             return
         source = self._sources[name]
         try:
-            split = source() if callable(source) else source
+            split = source(*([] if self.folder is None else [self.folder])) if callable(source) else source
         except MissingDataError as error:
             raise MissingDataError(f"{error}. {self.hint}" if self.hint else str(error)) from error
         refuse_useless(split, name)

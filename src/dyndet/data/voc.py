@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
@@ -20,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 class VocDataset(FileDataset):
-    """The original layout: Annotations/, JPEGImages/, ImageSets/Main/SPLIT.txt.
+    """The original layout: Annotations/, JPEGImages/, ImageSets/Main/SPLIT.txt; or another that was recognised.
 
     Coordinates are taken as pixel edges, without adding or subtracting 1. The image id is the rank of a file among all
-    of Annotations, the category id the rank of a class; both start at 1 and are the same in every split.
+    annotations, the category id the rank of a class; both start at 1 and are the same in every split.
 
     Args:
-        root: folder that holds the three.
+        root: folder that holds the three; or what was found in another layout.
         split: name of the list of images.
         classes: names to keep, in label order; None takes those of all annotations, sorted.
         keep_difficult: keeps objects marked difficult as crowd, which never trains and is ignored by the evaluation
@@ -41,32 +43,80 @@ class VocDataset(FileDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | VocFolder,
         *,
         split: str = "train",
         classes: Sequence[str] | None = None,
         keep_difficult: bool = True,
         skip_empty: bool = False,
     ) -> None:
-        root = Path(root)
-        listing, stems = _stems(root, split)
-        files = sorted(path for path in (root / "Annotations").glob("*.xml") if not path.name.startswith("."))
-        ranks = {path.stem: rank for rank, path in enumerate(files, start=1)}
-        for stem in stems:
-            if stem not in ranks:
-                raise DataError(f"{listing} names {stem!r}, but Annotations has no such xml: add it or remove the line")
-
-        pages = {path.stem: _read(resolve_inside(path.parent, path.name)) for path in files}
+        folder = root if isinstance(root, VocFolder) else OriginalFolder(root)
+        source, members = folder.members(split)
+        pages = folder.pages
         found = sorted({item.name for page in pages.values() for item in page.objects})
         names = found if classes is None else list(classes)
         absent = [name for name in names if name not in found]
         if absent:
-            logger.warning("%s: classes that no annotation has: %s (it has %s)", root, absent, found)
+            logger.warning("%s: classes that no annotation has: %s (it has %s)", folder.root, absent, found)
         labels = {name: label for label, name in enumerate(names)}
+        ranks = {path: rank for rank, path in enumerate(folder.files, start=1)}
         repairs = Repairs()
-        records = [_record(root, pages[stem], ranks[stem], labels, keep_difficult, repairs) for stem in stems]
+        records = [
+            _record(folder.image(file, pages[file].filename), pages[file], ranks[file], labels, keep_difficult, repairs)
+            for file in members
+        ]
         categories = [Category(id, name) for id, name in enumerate(names, start=1)]
-        super().__init__(records, categories, skip_empty=skip_empty, repairs=repairs, source=listing)
+        super().__init__(records, categories, skip_empty=skip_empty, repairs=repairs, source=source)
+
+
+class VocFolder(ABC):
+    """Where the annotations of a set lie, and what belongs to them. All are read once, with the first split.
+
+    Attributes:
+        root: the folder.
+        files: all annotations, in the order of image ids.
+    """
+
+    root: Path
+    files: list[Path]
+
+    @abstractmethod
+    def members(self, split: str) -> tuple[str | Path, list[Path]]:
+        """What a split is called in messages, and its annotations."""
+
+    @abstractmethod
+    def image(self, file: Path, filename: str) -> Path:
+        """The image of an annotation, which calls it `filename`."""
+
+    @cached_property
+    def pages(self) -> dict[Path, _Page]:
+        return {path: _read(resolve_inside(path.parent, path.name)) for path in self.files}
+
+
+class OriginalFolder(VocFolder):
+    """Annotations/, ImageSets/Main/ and a folder of images.
+
+    Args:
+        root: folder that holds them.
+        images: of all annotations' images; JPEGImages when None.
+    """
+
+    def __init__(self, root: str | Path, images: Path | None = None) -> None:
+        self.root = Path(root)
+        self.images = images or self.root / "JPEGImages"
+        files = sorted((self.root / "Annotations").glob("*.xml"))
+        self.files = [path for path in files if not path.name.startswith(".")]
+
+    def members(self, split: str) -> tuple[str | Path, list[Path]]:
+        listing, stems = _stems(self.root, split)
+        by_stem = {path.stem: path for path in self.files}
+        for stem in stems:
+            if stem not in by_stem:
+                raise DataError(f"{listing} names {stem!r}, but Annotations has no such xml: add it or remove the line")
+        return listing, [by_stem[stem] for stem in stems]
+
+    def image(self, file: Path, filename: str) -> Path:
+        return _image(self.images, file.stem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +132,7 @@ class _Page:
     """What one xml says; its size (H, W) holds 0 when it does not say."""
 
     path: Path
+    filename: str
     size: tuple[float, float]
     objects: list[_Object]
 
@@ -117,7 +168,10 @@ def _read(path: Path) -> _Page:
     if page is None:
         raise DataError(f"{path} is empty: correct it or remove it from the set")
     size = (_number(page, "size/height", path, 0), _number(page, "size/width", path, 0))
-    return _Page(path, size, [_object(item, path, i) for i, item in enumerate(page.findall("object"), start=1)])
+    filename = (page.findtext("filename") or "").strip()
+    return _Page(
+        path, filename, size, [_object(item, path, i) for i, item in enumerate(page.findall("object"), start=1)]
+    )
 
 
 def _object(item: Element, path: Path, position: int) -> _Object:
@@ -140,9 +194,8 @@ def _number(item: Element, key: str, where: str | Path, default: float | None = 
 
 
 def _record(
-    root: Path, page: _Page, image_id: int, labels: dict[str, int], keep_difficult: bool, repairs: Repairs
+    path: Path, page: _Page, image_id: int, labels: dict[str, int], keep_difficult: bool, repairs: Repairs
 ) -> Record:
-    path = _image(root / "JPEGImages", page.path.stem)
     header = read_header(path)
     size = header.stored if page.size == header.stored else header.upright
     sized = 0 not in page.size
