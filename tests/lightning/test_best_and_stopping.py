@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def test_the_length_of_a_run_is_said(
     each: float, limits: dict[str, Any], words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, said = count(), []
-    monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock) * each * 20)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: next(clock) * each * 20))
     monkeypatch.setattr(estimate, "rank_zero_info", said.append)
     trainer: Any = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **limits)
     trainer.fit_loop.max_batches = 20
@@ -112,7 +113,7 @@ def test_the_length_of_a_run_is_said(
     for batch in range(30):
         trainer.fit_loop.epoch_loop.batch_progress.current.ready = batch % 20 + 1
         trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = batch + 1
-        trainer.fit_loop.epoch_progress.current.processed = batch // 20
+        trainer.fit_loop.epoch_progress.current.completed = batch // 20
         callback.on_train_batch_end(trainer)
     assert [line[: len(words or "")] for line in said] == ([] if words is None else [words])
     assert spoken(59) == "59 s"
