@@ -47,7 +47,7 @@ def train(config: DictConfig) -> dict[str, float]:
             config.backbone.weights = "none"  # they come from the checkpoint
         detector: Detector = build(config.detector)
         if config.init is not None and checkpoint is None:
-            rank_zero_info(start_from(detector, str(config.init), config))
+            rank_zero_info(start_from(detector, str(config.init), config, data.categories))
         kind = JointModule if isinstance(detector, DynamicDetector) else DetectionModule
         module = kind(
             detector,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from dyndet.data.layouts.folder import DataFolder
 from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, Mix, keyed_generator
 from dyndet.data.transforms import Compose, Transform
 from dyndet.data.usable import refuse_useless, warn_of_flat
+from dyndet.data.workers import loader_workers
 from dyndet.errors import DataError, MissingDataError, UserError
 from dyndet.inputs import checked_targets
 from dyndet.structures import Batch, Category, ImageBatch, Sample
@@ -44,7 +45,7 @@ class DetectionDataModule(LightningDataModule):
         train_transform: one transform or several in order.
         val_transform: the same for evaluation.
         val_batch_size: evaluation images per process; `batch_size` when None.
-        num_workers: loader processes; 0 loads in the main process.
+        num_workers: loader processes, no more than there are cores; 0 loads in the main process, see `loader_workers`.
         pad_multiple: batches are padded to a multiple of this many pixels.
         group_by_aspect: training batches hold only landscape or only portrait images, as far as possible.
         drop_last: leaves out a last training batch that is not full.
@@ -67,7 +68,7 @@ class DetectionDataModule(LightningDataModule):
         train_transform: Transforms = None,
         val_transform: Transforms = None,
         val_batch_size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | Literal["auto"] = 0,
         pad_multiple: int = 32,
         group_by_aspect: bool = False,
         drop_last: bool = True,
@@ -88,7 +89,7 @@ class DetectionDataModule(LightningDataModule):
         self.train_mix = train_mix
         self.train_transform = _composed(train_transform)
         self.val_transform = _composed(val_transform)
-        self.num_workers = num_workers
+        self.num_workers = loader_workers(num_workers)
         self.collate = Collate(pad_multiple)
         self.group_by_aspect = group_by_aspect
         self.drop_last = drop_last

@@ -44,30 +44,37 @@ def align_data(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     if not state or "batches" not in state:
         return
     then, batches = state["order"], state["batches"]
-    images, each = len(data.train), data.batch_size * trainer.world_size
+    now = {"images": len(data.train), "batch_size": data.batch_size, "world_size": trainer.world_size}
+    same = all(then.get(name) == value for name, value in now.items())
     callback = checkpoint.get("callbacks", {}).get(ExactResume.__qualname__, {})
     gradients = callback.get("gradients")
-    place = batches
-    if (images, data.batch_size, trainer.world_size) != tuple(
-        then.get(k) for k in ("images", "batch_size", "world_size")
-    ):
-        done = batches * then["batch_size"] * then["world_size"] / max(then["images"], 1)
-        place = min(int(done * images / each), max(images // each - 1, 0))
-        gradients = None
     window = trainer.accumulate_grad_batches
-    if gradients is None or gradients["window"] != window:
+    place = batches
+    if not (same and gradients and gradients["window"] == window):
         callback.pop("gradients", None)
-        if place == batches and place % window:
-            rank_zero_warn(
-                f"resuming is not exact: {place % window} batches inside a window of gradient accumulation are done "
-                "again, since their gradients are not in the checkpoint or are of another window"
-            )
+        place -= place % (gradients["window"] if gradients else _window(checkpoint))
+        if not same:
+            share = place * then["batch_size"] * then["world_size"] / max(then["images"], 1)
+            each = now["batch_size"] * now["world_size"]
+            place = min(int(share * now["images"] / each), max(now["images"] // each - 1, 0))
         place -= place % window
+        if same and place != batches:
+            rank_zero_warn(
+                f"resuming is not exact: {batches - place} batches are done again, whose gradients were accumulated "
+                "but are not in the checkpoint, or of another trainer.accumulate_grad_batches"
+            )
     if place != batches:
         state["batches"] = place
         current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         for count in ("ready", "started", "processed", "completed"):
             current[count] += place - batches
+
+
+def _window(checkpoint: dict[str, Any]) -> int:
+    """Batches per step of the run that wrote a checkpoint."""
+    trainer = (checkpoint["dyndet"].get("config") or {}).get("trainer") or {}
+    value = trainer.get("accumulate_grad_batches")
+    return value if isinstance(value, int) and value > 0 else 1
 
 
 def continue_optimizer(

@@ -62,10 +62,11 @@ class TimeLimit(Callback):
     The time is that of one command, from the start of its training, so `ckpt_path=last` goes on for as long again.
 
     Args:
-        limit: hours, minutes and seconds as "01:30:00", with days before them, or as "1h30m"; None is no limit.
+        limit: hours, minutes and seconds as "01:30:00", with days before them, or as "1h30m", or a number of seconds
+            (what YAML makes of 01:30:00); None is no limit.
     """
 
-    def __init__(self, limit: str | None = None) -> None:
+    def __init__(self, limit: str | int | None = None) -> None:
         self.limit = limit
         self.seconds = None if limit is None else seconds_of(limit)
         self._started = 0.0
@@ -82,12 +83,13 @@ class TimeLimit(Callback):
             rank_zero_info(f"time_limit={self.limit} is reached at step {trainer.global_step}: ckpt_path=last goes on")
 
 
-def seconds_of(text: str) -> int:
+def seconds_of(limit: str | int) -> int:
     """The seconds of "01:30:00", "1:00:00:00" (days first) or "1h30m".
 
     Raises:
         UserError: if it is none of them.
     """
+    text = f"{limit}s" if isinstance(limit, int) else limit
     clock = re.fullmatch(r"(?:(\d+):)?(\d+):(\d{1,2}):(\d{1,2})", text.strip())
     words = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.replace(" ", ""))
     found = clock or words
@@ -95,5 +97,5 @@ def seconds_of(text: str) -> int:
         sum(int(n or 0) * unit for n, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True)) if found else 0
     )
     if not seconds:
-        raise UserError(f"time_limit={text} is no time: write hours, minutes and seconds, as 00:30:00, or 30m")
+        raise UserError(f"time_limit={limit} is no time: write hours, minutes and seconds, as 00:30:00, or 30m")
     return seconds
