@@ -22,7 +22,7 @@ from commands import forked
 from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.data.video import VideoWriter
 from dyndet.errors import UserError
-from dyndet.predict import NothingReadError, _choice, predict
+from dyndet.predict import _choice, predict
 from dyndet.structures import Category, Detections
 
 NAMES = ["circle", "square", "triangle", "star"]
@@ -230,8 +230,9 @@ def test_without_pyav_videos_are_left_out(run: Run, photos: Path, monkeypatch: p
     assert [item["error"] for item in run("pictures=false") if "error" in item] == [
         f"{photos}/clip.mp4: videos need PyAV: pip install 'dyndet[video]'"
     ]
-    with pytest.raises(NothingReadError):
+    with pytest.raises(SystemExit) as ended:
         run(source=photos / "clip.mp4")
+    assert ended.value.code == 3
 
 
 def test_nothing_found_is_written_as_nothing(run: Run, tmp_path: Path) -> None:

@@ -48,20 +48,14 @@ _FORMATS: dict[str, Callable[..., Writer]] = {
 Choice = Callable[[Detections], Detections]
 
 
-class NothingReadError(UserError):
-    """Not one of the files could be read."""
-
-    exit_code = 3
-
-
 def predict(config: DictConfig) -> Path:
     """Runs a checkpoint over images and videos and returns the folder with the results.
 
     What cannot be read is reported and left out. An interruption keeps what was found; of a camera it is the end.
 
     Raises:
-        UserError: on wrong settings; `NothingReadError` if there is nothing but files that cannot be read.
-        SystemExit: with code 130, when interrupted.
+        UserError: on wrong settings.
+        SystemExit: with code 130 when interrupted, with 3 if there is nothing but files that cannot be read.
     """
     saved = read_checkpoint(config.ckpt, trust=config.trust)
     given = list(config.source) if isinstance(config.source, ListConfig) else config.source
@@ -77,12 +71,13 @@ def predict(config: DictConfig) -> Path:
     if job.done:
         job.print_summary()
     if interrupted and not endless:
-        print(f"interrupted after {job.done} images, {job.skipped} of them skipped", file=sys.stderr)
+        print(f"interrupted after {job.done} images and {job.skipped} that were skipped", file=sys.stderr)
         raise SystemExit(130)
     if not job.done and not interrupted:
-        raise NothingReadError(
-            f"source={config.source}: none of {len(sources)} files can be read; the reasons are above"
+        print(
+            f"error: source={config.source}: none of {len(sources)} files can be read, see above why", file=sys.stderr
         )
+        raise SystemExit(3)
     return job.folder
 
 

@@ -78,7 +78,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         # Caught here, because Hydra would announce it with a line of its own.
         except UserError as error:
             # A loader's process sends its error as a traceback that ends with the message.
-            return _fail(str(error).rpartition(f"{type(error).__name__}: ")[2], verbose, error.exit_code)
+            return _fail(str(error).rpartition(f"{type(error).__name__}: ")[2], verbose)
         except OmegaConfBaseException as error:
             return _fail(explain(error, sys.argv[1:], config_name), verbose)
         except MisconfigurationException as error:  # options of the trainer that do not go together
@@ -117,8 +117,8 @@ def _standing_alone() -> Iterator[None]:
         os.environ.update(environment)
 
 
-def _fail(message: str, verbose: bool, exit_code: int = 2) -> NoReturn:
+def _fail(message: str, verbose: bool) -> NoReturn:
     if verbose:
         raise
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
+    sys.exit(2)
