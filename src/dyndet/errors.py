@@ -4,13 +4,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """What was wrong, where, and what to do.
-
-    Attributes:
-        exit_code: of a command that ends so.
-    """
-
-    exit_code = 2
+    """What was wrong, where, and what to do."""
 
 
 class DataError(UserError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -17,7 +16,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torchvision.ops import nms
 
 from dyndet.api import detector_from
 from dyndet.checkpoints.read import Checkpoint, read_checkpoint
@@ -33,11 +31,12 @@ from dyndet.errors import DataError, UserError
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.formats import CocoWriter, CsvWriter, JsonWriter, Prediction, Writer, YoloWriter
 from dyndet.metrics.static import StaticCosts, meter_batch
+from dyndet.metrics.wanted import Wanted
 from dyndet.report.draw import draw_detections
 from dyndet.report.gate_maps import preview, summary
 from dyndet.report.style import captioned
 from dyndet.routing import Routes, Routing
-from dyndet.structures import Category, Detections, Sample
+from dyndet.structures import Detections, Sample
 
 DRAWN_FROM = 0.3
 """The score from which on pictures show something, unless one is set."""
@@ -45,13 +44,6 @@ DRAWN_FROM = 0.3
 _FORMATS: dict[str, Callable[..., Writer]] = {
     "json": JsonWriter, "coco": CocoWriter, "yolo": YoloWriter, "csv": CsvWriter,
 }  # fmt: skip
-Choice = Callable[[Detections], Detections]
-
-
-class NothingReadError(UserError):
-    """Not one of the files could be read."""
-
-    exit_code = 3
 
 
 def predict(config: DictConfig) -> Path:
@@ -60,8 +52,8 @@ def predict(config: DictConfig) -> Path:
     What cannot be read is reported and left out. An interruption keeps what was found; of a camera it is the end.
 
     Raises:
-        UserError: on wrong settings; `NothingReadError` if there is nothing but files that cannot be read.
-        SystemExit: with code 130, when interrupted.
+        UserError: on wrong settings.
+        SystemExit: with code 130 when interrupted, with 3 if there is nothing but files that cannot be read.
     """
     saved = read_checkpoint(config.ckpt, trust=config.trust)
     given = list(config.source) if isinstance(config.source, ListConfig) else config.source
@@ -77,12 +69,13 @@ def predict(config: DictConfig) -> Path:
     if job.done:
         job.print_summary()
     if interrupted and not endless:
-        print(f"interrupted after {job.done} images, {job.skipped} of them skipped", file=sys.stderr)
+        print(f"interrupted after {job.done} images and {job.skipped} that were skipped", file=sys.stderr)
         raise SystemExit(130)
     if not job.done and not interrupted:
-        raise NothingReadError(
-            f"source={config.source}: none of {len(sources)} files can be read; the reasons are above"
+        print(
+            f"error: source={config.source}: none of {len(sources)} files can be read, see above why", file=sys.stderr
         )
+        raise SystemExit(3)
     return job.folder
 
 
@@ -105,7 +98,17 @@ class _Job:
         self.done = self.skipped = 0
         self.folder = Path(config.out)
         self._config, self._names = config, [category.name for category in saved.categories]
-        self._choose, self._suffix = _choice(config, saved.categories), _suffix(config.pictures)
+        self._wanted = Wanted(
+            saved.categories,
+            score_threshold=config.score_threshold,
+            classes=None if config.classes is None else _listed(config.classes),
+            agnostic_nms=config.agnostic_nms,
+            max_detections=config.max_detections,
+        )
+        for key in ("frame_step", "max_frames"):
+            if config[key] is not None and (type(config[key]) is not int or config[key] < 1):
+                raise UserError(f"{key}={config[key]}: give a whole number from 1")
+        self._suffix = _suffix(config.pictures)
         formats = _listed(config.formats)
         for name in formats:
             if name not in _FORMATS:
@@ -172,7 +175,7 @@ class _Job:
         sample = self._transform(unlabelled(image, path), torch.Generator())
         (found,), routing = self._detector.detect_with_routing(self._collate([sample]).images)
         (macs,) = meter_batch(self._meter, self._static, routing, [sample.image.shape[-2:]])
-        found = self._choose(replace(found.to("cpu"), macs=macs))
+        found = self._wanted(replace(found.to("cpu"), macs=macs))
         return _Seen(found, routing), self._picture(image, sample, found, routing) if self._suffix else None
 
     def _picture(
@@ -202,46 +205,6 @@ class _Job:
 class _Seen(NamedTuple):
     found: Detections
     routing: Routing | Routes | None
-
-
-def _choice(config: DictConfig, categories: Sequence[Category]) -> Choice:
-    """What of a detector's answers is wanted: by class and score, one per object, the best.
-
-    Raises:
-        UserError: on classes that it does not know, and on values out of range.
-    """
-    lowest, overlap, most = config.score_threshold, config.agnostic_nms, config.max_detections
-    for key in ("score_threshold", "agnostic_nms"):
-        _check_number(key, config[key], 1)
-    for key in ("max_detections", "max_frames", "frame_step"):
-        _check_number(key, config[key], None)
-    names = [category.name for category in categories]
-    for name in _listed(config.classes):
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(names[:20])}"
-            raise UserError(f"classes={name}: this detector does not know that class; {hint}")
-    labels = None
-    if config.classes is not None:
-        labels = torch.tensor([names.index(name) for name in _listed(config.classes)])
-
-    def choose(found: Detections) -> Detections:
-        if lowest is not None:
-            found = found[found.scores >= lowest]
-        if labels is not None:
-            found = found[torch.isin(found.labels, labels)]
-        if overlap is not None:
-            found = found[nms(found.boxes, found.scores, overlap)]
-        return found[torch.arange(min(len(found), most or len(found)))]
-
-    return choose
-
-
-def _check_number(key: str, value: Any, limit: int | None) -> None:
-    """A share, or without a limit a count."""
-    number = isinstance(value, int if limit is None else int | float) and not isinstance(value, bool)
-    if value is not None and not (number and (value >= 1 if limit is None else 0 <= value <= limit)):
-        raise UserError(f"{key}={value}: give {'a whole number from 1' if limit is None else 'a number from 0 to 1'}")
 
 
 def _suffix(pictures: Any) -> str | None:

@@ -32,6 +32,7 @@ from dyndet.metrics.export import write_ground_truth
 from dyndet.models.detectors.base import Detector, Images, RawMaps
 from dyndet.models.preprocess import Preprocess
 from dyndet.predict import predict
+from dyndet.report.draw import visible
 from dyndet.routing import Routing
 from dyndet.structures import Detections, ImageBatch, Losses, Target
 from dyndet.train import train
@@ -95,7 +96,7 @@ def test_predict_writes_and_draws_masks(trained: tuple[Path, dict[str, float]], 
     Image.fromarray(image).save(tmp_path / "shapes.png")
     checkpoint, out = trained[0] / "checkpoints" / "last.ckpt", tmp_path / "out"
     arguments = [f"ckpt={checkpoint}", f"source={tmp_path / 'shapes.png'}", f"out={out}", "device=cpu"]
-    predict(compose_command("predict", [*arguments, "score_threshold=0.01"]))
+    predict(compose_command("predict", [*arguments, "score_threshold=0.01", "pictures=png"]))
     ((entry),) = json.loads((out / "detections.json").read_text())
     detector = dyndet.load_detector(checkpoint)
     (found,) = detector.detect([torch.from_numpy(image).permute(2, 0, 1)])
@@ -104,8 +105,10 @@ def test_predict_writes_and_draws_masks(trained: tuple[Path, dict[str, float]], 
         assert np.array_equal(rle.decode(row["segmentation"]), mask.numpy())
     with Image.open(entry["picture"]) as picture:
         scale = picture.width // 80
-        pixels = np.array(picture)[::scale, ::scale].astype(int)
-    tinted = found.masks.any(0).numpy()
+        pixels = np.array(picture)[picture.height - 48 * scale :: scale, ::scale].astype(int)  # below the caption
+    shown = visible(found, 0.01).masks
+    assert shown is not None
+    tinted = shown.any(0).numpy()
     assert tinted.any()
     assert (np.abs(pixels - image).sum(2)[tinted] > 0).mean() > 0.9
 

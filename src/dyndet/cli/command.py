@@ -90,7 +90,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         except Exception as error:  # here, because Hydra would announce it with a line of its own
             if (text := answer(error)) is None:
                 raise
-            return _fail(text, getattr(error, "exit_code", 2))
+            return _fail(text)
 
     try:
         hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
@@ -163,6 +163,6 @@ def _end_processes() -> None:
                 process.kill()  # if it hangs
 
 
-def _fail(message: str, exit_code: int = 2) -> NoReturn:
+def _fail(message: str) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(exit_code)
+    sys.exit(2)
