@@ -99,9 +99,7 @@ def test_only_the_best_of_several_fixes_an_object() -> None:
     detections, targets = [found((HALF_A, 0, 0.9), (HALF_A, 0, 0.8))], [truth((A, 0))]
     assert gains(detections, targets) == {"localisation": 1}
     matches = match(detections, targets, 2)
-    assert class_curve(matches, 0).average_precision() == 0 and list(KINDS) == list(
-        ap_gains(matches, [], targets)
-    )
+    assert class_curve(matches, 0).average_precision() == 0 and list(KINDS) == list(ap_gains(matches, [], targets))
 
 
 boxes = st.tuples(*[st.integers(0, 5).map(lambda x: 4.0 * x)] * 2, *[st.integers(2, 5).map(lambda x: 4.0 * x)] * 2).map(

@@ -109,7 +109,9 @@ def line_chart(
         points: x, y, colour and tooltip of single points.
         legend: with more lines than this there is none, and tooltips must do.
     """
-    kept = [(line, [pair for pair in zip(line.x, line.y, strict=True) if all(map(math.isfinite, pair))]) for line in lines]
+    kept = [
+        (line, [pair for pair in zip(line.x, line.y, strict=True) if all(map(math.isfinite, pair))]) for line in lines
+    ]
     kept = [(line, pairs) for line, pairs in kept if pairs]
     every = [pair for _, pairs in kept for pair in pairs] + [(x, y) for x, y, _, _ in points]
     if not every:
@@ -202,9 +204,9 @@ def histogram(values: Sequence[float], *, x_label: str, y_label: str = "images",
         bins: at most so many bars.
     """
     low, high = min(values), max(values)
-    if high - low < 1e-9 * max(abs(high), 1e-9):
-        low, high = low * 0.95, high * 1.05 or 1.0
-    bins = max(1, min(bins, round(2 * math.sqrt(len(values)))))
+    bins = min(bins, round(2 * math.sqrt(len(values))))
+    if high - low <= 1e-9 * abs(high):  # all the same
+        low, high, bins = low * 0.95, high * 1.05 or 1.0, 1
     counts, step = [0] * bins, (high - low) / bins
     for value in values:
         counts[min(int((value - low) / step), bins - 1)] += 1

@@ -91,7 +91,11 @@ class Findings:
         counted = self.counted
         scores = [Score([], [], []) for _ in self.targets]
         for image, index, found, ignored in zip(
-            counted.image.tolist(), counted.detection.tolist(), counted.found.tolist(), counted.ignored.tolist(), strict=True
+            counted.image.tolist(),
+            counted.detection.tolist(),
+            counted.found.tolist(),
+            counted.ignored.tolist(),
+            strict=True,
         ):
             if not ignored:
                 (scores[image].faults if found < 0 else scores[image].hits).append(index)

@@ -23,7 +23,7 @@ def report_page(
     y: str,
     ignore: Sequence[str] = ("seed",),
     full: int = 4,
-    pictures: int = 8,
+    pictures: int = 10,
     images: str | Path | None = None,
 ) -> str:
     """The file's text: of one run everything, of several what sets them apart and then the best of them.
@@ -60,7 +60,9 @@ def report_page(
     for _, run in shown:
         anchor = _anchor(run)
         inside = everything(run, f"{anchor}-").values()
-        parts[anchor] = section(f"Run {names[run.folder]}", details("everything about this run", *inside), anchor=anchor)
+        parts[anchor] = section(
+            f"Run {names[run.folder]}", details("everything about this run", *inside), anchor=anchor
+        )
         links[f"Run {names[run.folder]}"] = anchor
     return document(title, *parts.values(), links=links, subtitle=f"{len(runs)} runs")
 

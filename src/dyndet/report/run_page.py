@@ -19,7 +19,7 @@ ACCURACIES = {"val/AP": "AP", "val/AP50": "AP50", "val/AP75": "AP75", "val/segm/
 
 
 def run_sections(
-    run: Run, history: History, *, images: str | Path | None = None, pictures: int = 8, prefix: str = ""
+    run: Run, history: History, *, images: str | Path | None = None, pictures: int = 10, prefix: str = ""
 ) -> dict[str, Html]:
     """Sections by their anchors, which are their names in small letters.
 
@@ -103,8 +103,8 @@ def _summary(run: Run, found: Findings | None, missing: str, anchor: str) -> Htm
         "Summary",
         facts({name: value for name, value in tiles.items() if value}),
         ap_table(metrics),
-        paragraph(run.problem) if run.problem else None,
-        paragraph(missing) if missing else None,
+        paragraph(run.problem, kind="problem") if run.problem else None,
+        paragraph(missing, kind="problem") if missing else None,
         details(f"{len(run.settings)} settings differ from the defaults", settings) if run.settings else None,
         anchor=anchor,
         note=str(run.folder),
@@ -118,7 +118,10 @@ def _findings(run: Run) -> tuple[Findings | None, str]:
     except ValueError as error:
         return None, str(error)
     if validation is None:
-        return None, "This run left no detections.json, ground_truth.json and compute.json: evaluate it once to get them."
+        return (
+            None,
+            "This run left no detections.json, ground_truth.json and compute.json: evaluate it once to get them.",
+        )
     if not validation.targets:
         return None, "The validation had no images."
     return Findings(validation), ""
@@ -131,7 +134,9 @@ def _path(history: History) -> Html | None:
     if len(steps) < 2 or len({share[step] for step in steps}) < 2:
         return None
     points = [
-        Point(share[step], ap[step], str(step) if step in (steps[0], steps[-1]) else "", f"step {step}: AP {ap[step]:.3f}")
+        Point(
+            share[step], ap[step], str(step) if step in (steps[0], steps[-1]) else "", f"step {step}: AP {ap[step]:.3f}"
+        )
         for step in steps
     ]
     way = [(point.x, point.y) for point in points]
