@@ -73,12 +73,12 @@ def curve_section(histories: dict[str, History], anchor: str) -> Html | None:
             continue
         if len(histories) == 1:
             (history,) = histories.values()
-            lines = [line_of(history, key, _short(key)) for key in names]
+            lines = _distinct([line_of(history, key, _short(key)) for key in names])
             what = ""
         else:
             lines = [line_of(history, names[0], run) for run, history in histories.items()]
             what = _short(names[0])
-        chart = line_chart(_distinct(lines), x_label="step", y_label=what, percent=percent)
+        chart = line_chart(lines, x_label="step", y_label=what, percent=percent)
         figures.append(figure(chart, title))
     figures += [_path(history) for history in histories.values() if len(histories) == 1]
     return section("Curves", cards(*figures), anchor=anchor) if figures else None
