@@ -19,7 +19,9 @@ from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.data.sources import find_sources
 from dyndet.errors import UserError
 from dyndet.evaluate import evaluate
+from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.export import write_ground_truth
+from dyndet.metrics.validation import read_validation
 from dyndet.predict import predict
 from dyndet.report.__main__ import report
 from dyndet.train import train
@@ -53,6 +55,21 @@ def test_a_run_leaves_checkpoints_numbers_and_pictures(trained: tuple[Path, dict
         assert picture.width > 5 * 64
     rows = (folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     assert "val/AP" in rows[0] and "gates/cls.0.depth/P3" in rows[0]
+
+
+def test_a_run_leaves_what_its_last_validation_found(trained: tuple[Path, dict[str, float]]) -> None:
+    folder, metrics = trained
+    left = read_validation(folder)
+    assert left is not None and len(left.targets) == 10 and not left.hard
+    again = CocoMetric(left.categories)
+    again.update(left.detections, left.targets)
+    assert {f"val/{key}": value for key, value in again.compute().items()} == pytest.approx(
+        {key: value for key, value in metrics.items() if key.startswith("val/")}, nan_ok=True, abs=1e-9
+    )
+    assert sum(found.macs or 0 for found in left.detections) / 10 == pytest.approx(metrics["macs/total_mean"])
+    for target in left.targets:
+        with Image.open(target.path) as picture:
+            assert picture.size == (64, 64)
 
 
 @pytest.mark.parametrize("impl", ["dense", "gather"])

@@ -73,9 +73,8 @@ def find_mistakes(
     seen = {(item.image, item.object) for item in mistakes if item.kind in ("classification", "localisation")}
     seen |= set(zip(matches.image.tolist(), matches.found.tolist(), strict=True))
     for image, target in enumerate(targets):
-        for thing in np.flatnonzero(~target.crowd.cpu().numpy()).tolist():
-            if (image, thing) not in seen:
-                mistakes.append(Mistake("missed", image, 0.0, -1, -1, thing, int(target.labels[thing])))
+        things = [i for i in np.flatnonzero(~target.crowd.cpu().numpy()).tolist() if (image, i) not in seen]
+        mistakes += [Mistake("missed", image, 0.0, -1, -1, i, int(target.labels[i])) for i in things]
     return mistakes
 
 

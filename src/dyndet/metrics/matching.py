@@ -42,8 +42,15 @@ class Matches:
 
     def __getitem__(self, rows: NDArray[np.bool_]) -> Matches:
         """Some of the detections, of the same objects."""
-        parts = (self.image, self.detection, self.label, self.score, self.found, self.ignored)
-        return Matches(*(part[rows] for part in parts), self.objects)
+        return Matches(
+            image=self.image[rows],
+            detection=self.detection[rows],
+            label=self.label[rows],
+            score=self.score[rows],
+            found=self.found[rows],
+            ignored=self.ignored[rows],
+            objects=self.objects,
+        )
 
 
 def match(
@@ -60,11 +67,11 @@ def match(
     rows: list[tuple[int, int, int, float, int, bool]] = []
     objects = np.zeros(num_classes, np.int64)
     for image in sorted(range(len(targets)), key=lambda index: targets[index].image_id):
-        target, found = targets[image], detections[image]
+        target, boxes = targets[image], detections[image]
         crowd, annotated = target.crowd.cpu().numpy(), target.labels.cpu().numpy()
-        labels, scores = found.labels.cpu().numpy(), found.scores.cpu().double().numpy()
+        labels, scores = boxes.labels.cpu().numpy(), boxes.scores.cpu().double().numpy()
         objects += np.bincount(annotated[~crowd], minlength=num_classes)
-        shared = overlaps(found, target)
+        shared = overlaps(boxes, target)
         for label in np.unique(labels):
             mine, theirs = np.flatnonzero(labels == label), np.flatnonzero(annotated == label)
             mine = mine[np.argsort(-scores[mine], kind="stable")][:MOST]
@@ -72,10 +79,10 @@ def match(
             for index, choice in zip(mine.tolist(), chosen, strict=True):
                 thing = -1 if choice < 0 else int(theirs[choice])
                 rows.append((image, index, int(label), float(scores[index]), thing, thing >= 0 and bool(crowd[thing])))
-    columns = [np.array(column) for column in zip(*rows, strict=True)] if rows else [np.zeros(0)] * 6
-    order = np.argsort(-columns[3], kind="stable")
-    kinds = (np.int64, np.int64, np.int64, np.float64, np.int64, np.bool_)
-    return Matches(*(column[order].astype(kind) for column, kind in zip(columns, kinds, strict=True)), objects)
+    rows.sort(key=lambda row: -row[3])  # stable
+    kinds = {"image": "i8", "detection": "i8", "label": "i8", "score": "f8", "found": "i8", "ignored": "?"}
+    columns = np.array(rows, dtype=list(kinds.items()))
+    return Matches(**{name: columns[name] for name in kinds}, objects=objects)
 
 
 def overlaps(found: Detections, target: Target) -> Array:

@@ -110,7 +110,8 @@ def read_validation(folder: Path) -> Validation | None:
     if not all((folder / name).is_file() for name in FILES):
         return None
     try:
-        return _read(*(json.loads((folder / name).read_text(encoding="utf-8")) for name in FILES), folder)
+        truth, results, compute = (json.loads((folder / name).read_text(encoding="utf-8")) for name in FILES)
+        return _read(truth, results, compute, folder)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{', '.join(FILES)} cannot be read ({type(error).__name__}: {error})") from error
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dyndet.metrics.confusion import confusion_matrix
-from dyndet.metrics.curves import RECALLS, Best, Curve
+from dyndet.metrics.curves import RECALLS
 from dyndet.metrics.error_split import KINDS
 from dyndet.report.charts import GREY, PALETTE, Line, bar_chart, line_chart
 from dyndet.report.findings import Findings
@@ -42,10 +42,10 @@ def class_section(found: Findings, metrics: Mapping[str, float], anchor: str) ->
         row: dict[str, Content] = {"class": _named(name, label), "objects": str(curve.objects)}
         row |= {"AP": number(metrics.get(f"val/AP/{name}")), "AP50": number(curve.average_precision())}
         if curve.objects:
-            row |= {"best score threshold": number(best.threshold), "F1": number(best.f1)}
+            row |= {"threshold": number(best.threshold), "F1": number(best.f1)}
             row |= {"precision": number(best.precision), "recall": number(best.recall)}
         rows.append(row)
-    note = "The best score threshold has the highest F1 at IoU 0.5; use it where one answer per object is wanted."
+    note = "The threshold is the score from which on F1 is highest, at IoU 0.5: a good score_threshold for pictures."
     return section("Classes", table(rows), _curves(found), anchor=anchor, note=note)
 
 
@@ -81,12 +81,7 @@ def error_section(found: Findings, anchor: str) -> Html:
     gains = found.gains
     chart = bar_chart(gains, {kind: f"{gain:.3f}" for kind, gain in gains.items()}, KIND_COLORS)
     rows = [
-        {
-            "error": kind,
-            "what it is": meaning,
-            "AP50 lost": f"{gains[kind]:.3f}",
-            "at best thresholds": str(counts[kind]),
-        }
+        {"error": kind, "what it is": meaning, "AP50 lost": f"{gains[kind]:.3f}", "count": str(counts[kind])}
         for kind, meaning in KINDS.items()
     ]
     note = (
@@ -112,26 +107,21 @@ def _curves(found: Findings) -> Html:
     classes = [label for label, curve in enumerate(found.curves) if curve.objects]
     if not classes:
         return paragraph("No objects are annotated: there are no curves.")
-    mean = np.mean([found.curves[label].interpolated() for label in classes], 0)
-    precision = [Line(found.names[i], RECALLS, found.curves[i].interpolated(), class_color(i)) for i in classes]
-    f1 = [Line(found.names[i], THRESHOLDS, found.curves[i].f1_at(THRESHOLDS), class_color(i)) for i in classes]
-    marks = [
-        (*_peak(found.curves[i], found.best[i]), class_color(i), _told(found.names[i], found.best[i])) for i in classes
-    ]
+    mean = np.mean([found.curves[i].interpolated() for i in classes], 0).tolist()
+    recalls, thresholds = RECALLS.tolist(), THRESHOLDS.tolist()
+    precision, f1, peaks = list[Line](), list[Line](), list[tuple[float, float, str, str]]()
+    for i in classes:
+        name, curve, best, color = found.names[i], found.curves[i], found.best[i], class_color(i)
+        precision.append(Line(name, recalls, curve.interpolated().tolist(), color))
+        f1.append(Line(name, thresholds, curve.f1_at(THRESHOLDS).tolist(), color))
+        told = f"{name}: F1 {best.f1:.3f} at score {best.threshold:.3f}"
+        peaks.append((best.threshold, best.f1, color, told))
     if len(classes) > 1:
-        precision.append(Line("mean", RECALLS, mean, GREY, dashed=True))
+        precision.append(Line("mean", recalls, mean, GREY, dashed=True))
     unit = (0.0, 1.0)
     curve = line_chart(precision, x_label="recall", y_label="precision at IoU 0.5", x_range=unit, y_range=(0, 1.02))
-    scores = line_chart(f1, x_label="score threshold", y_label="F1", x_range=unit, y_range=(0, 1.02), points=marks)
+    scores = line_chart(f1, x_label="score threshold", y_label="F1", x_range=unit, y_range=(0, 1.02), points=peaks)
     return cards(figure(curve, "Precision and recall"), figure(scores, "F1; the dots are the best thresholds"))
-
-
-def _peak(curve: Curve, best: Best) -> tuple[float, float]:
-    return best.threshold, best.f1
-
-
-def _told(name: str, best: Best) -> str:
-    return f"{name}: F1 {best.f1:.3f} at score {best.threshold:.3f}"
 
 
 def _named(name: str, label: int) -> Html:

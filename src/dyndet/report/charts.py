@@ -147,6 +147,7 @@ class Point:
         title: its tooltip.
         hollow: drawn so.
         color: of it.
+        spread: up and down from it, as a bar.
     """
 
     x: float
@@ -155,6 +156,7 @@ class Point:
     title: str = ""
     hollow: bool = False
     color: str = PALETTE[0]
+    spread: float = 0.0
 
 
 def scatter_chart(
@@ -178,15 +180,19 @@ def scatter_chart(
         front_name: of the line, in the legend.
         radius: of a point in pixels.
     """
-    frame = Frame(_range([point.x for point in points], 0.08), _range([point.y for point in points], 0.12))
+    ends = [point.y + sign * point.spread for point in points for sign in (-1, 1)]
+    frame = Frame(_range([point.x for point in points], 0.08), _range(ends, 0.12))
     marks: list[Content] = []
     if len(front) > 1:
         path = " ".join(f"{frame.across(x):.1f},{frame.down(y):.1f}" for x, y in front)
         marks.append(element("polyline", points=path, fill="none", stroke=PALETTE[1], stroke_width=1.8))
     for point in points:
+        x, y = frame.across(point.x), frame.down(point.y)
+        if point.spread:
+            low, high = frame.down(point.y - point.spread), frame.down(point.y + point.spread)
+            marks.append(element("line", x1=x, x2=x, y1=low, y2=high, stroke=GREY))
         marks.append(_dot(frame, point.x, point.y, point.color, point.title, radius=radius, hollow=point.hollow))
         if point.name:
-            x, y = frame.across(point.x), frame.down(point.y)
             right = x > 0.8 * frame.width
             anchor = "end" if right else "start"
             marks.append(element("text", point.name, x=x + (-8 if right else 8), y=y - 5, text_anchor=anchor))
@@ -204,9 +210,9 @@ def histogram(values: Sequence[float], *, x_label: str, y_label: str = "images",
         bins: at most so many bars.
     """
     low, high = min(values), max(values)
-    if high - low < 1e-9 * max(abs(high), 1e-9):
-        low, high = low * 0.95, high * 1.05 or 1.0
-    bins = max(1, min(bins, round(2 * math.sqrt(len(values)))))
+    bins = min(bins, round(2 * math.sqrt(len(values))))
+    if high - low <= 1e-9 * abs(high):  # all the same
+        low, high, bins = low * 0.95, high * 1.05 or 1.0, 1
     counts, step = [0] * bins, (high - low) / bins
     for value in values:
         counts[min(int((value - low) / step), bins - 1)] += 1

@@ -26,7 +26,7 @@ class Gallery:
         count: of pictures in a row.
     """
 
-    def __init__(self, found: Findings, folder: str | Path | None = None, *, count: int = 8) -> None:
+    def __init__(self, found: Findings, folder: str | Path | None = None, *, count: int = 10) -> None:
         self.found = found
         self.folder = folder
         self.count = count
@@ -155,4 +155,4 @@ def _key(**colors: tuple[int, int, int]) -> Html:
 
 
 def _area(box: list[float]) -> str:
-    return f"{round(box[2] - box[0])} × {round(box[3] - box[1])} px"
+    return f"{round(box[2] - box[0])} x {round(box[3] - box[1])} px"

@@ -83,8 +83,9 @@ def small(*content: Content) -> Html:
     return element("small", *content)
 
 
-def paragraph(*content: Content) -> Html:
-    return element("p", *content, class_="note")
+def paragraph(*content: Content, kind: Literal["note", "problem"] = "note") -> Html:
+    """A line of text; a problem stands out."""
+    return element("p", *content, class_=kind)
 
 
 def details(summary: Content, *content: Content, is_open: bool = False) -> Html:

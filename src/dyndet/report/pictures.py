@@ -84,8 +84,8 @@ def _drawn(
         x1, y1, x2, y2 = ((torch.tensor(box) - shift) * scale).round().int().tolist()
         corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
         grown = (corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1)
-        pen.rectangle(grown, outline=(20, 20, 26), width=5)  # a dark rim, so that any colour shows on any image
-        pen.rectangle(corners, outline=color, width=3)
+        pen.rectangle(grown, outline=(20, 20, 26), width=1)  # a dark rim, so that it shows on any image
+        pen.rectangle(corners, outline=color, width=2 if color == ANNOTATED else 3)
     return picture
 
 

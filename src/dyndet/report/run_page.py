@@ -19,7 +19,7 @@ ACCURACIES = {"val/AP": "AP", "val/AP50": "AP50", "val/AP75": "AP75", "val/segm/
 
 
 def run_sections(
-    run: Run, history: History, *, images: str | Path | None = None, pictures: int = 8, prefix: str = ""
+    run: Run, history: History, *, images: str | Path | None = None, pictures: int = 10, prefix: str = ""
 ) -> dict[str, Html]:
     """Sections by their anchors, which are their names in small letters.
 
@@ -73,12 +73,12 @@ def curve_section(histories: dict[str, History], anchor: str) -> Html | None:
             continue
         if len(histories) == 1:
             (history,) = histories.values()
-            lines = [line_of(history, key, _short(key)) for key in names]
+            lines = _distinct([line_of(history, key, _short(key)) for key in names])
             what = ""
         else:
             lines = [line_of(history, names[0], run) for run, history in histories.items()]
             what = _short(names[0])
-        chart = line_chart(_distinct(lines), x_label="step", y_label=what, percent=percent)
+        chart = line_chart(lines, x_label="step", y_label=what, percent=percent)
         figures.append(figure(chart, title))
     figures += [_path(history) for history in histories.values() if len(histories) == 1]
     return section("Curves", cards(*figures), anchor=anchor) if figures else None
@@ -103,8 +103,8 @@ def _summary(run: Run, found: Findings | None, missing: str, anchor: str) -> Htm
         "Summary",
         facts({name: value for name, value in tiles.items() if value}),
         ap_table(metrics),
-        paragraph(run.problem) if run.problem else None,
-        paragraph(missing) if missing else None,
+        paragraph(run.problem, kind="problem") if run.problem else None,
+        paragraph(missing, kind="problem") if missing else None,
         details(f"{len(run.settings)} settings differ from the defaults", settings) if run.settings else None,
         anchor=anchor,
         note=str(run.folder),
