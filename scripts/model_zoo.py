@@ -49,7 +49,8 @@ COCO was measured here**, which needs 8 GPUs. What is counted here are parameter
 without the router, which step 2 adds.
 
 ```bash
-dyndet train +experiment=fcos_d8_dyn data.root=data/coco trainer.devices=8 data.batch_size=2
+dyndet train +experiment=fcos_d8_dyn data.root=data/coco \\
+  trainer.devices=8 data.batch_size=2
 ```
 
 Releases become checkpoints by `dyndet convert`, see [released weights](recipes.md#released-weights). Depths,

@@ -24,7 +24,6 @@ TINY = [
     "neck.channels=16", "~callbacks.progress",
 ]  # fmt: skip
 HEAD = ["head.depth=1", "head.norm_groups=4"]
-DYNAMIC = ["+experiment=shapes_dy_tiny", "head.num_convs=1", "head.norm_groups=4", "data.hard_fraction=0.5"]
 
 
 class Sandbox:
@@ -84,18 +83,6 @@ def _run(sandbox: Sandbox) -> None:
     sandbox.command("train", "hydra.run.dir=RUN", *TINY, *HEAD)
 
 
-def _step1(sandbox: Sandbox) -> None:
-    """A dynamic detector before step 2."""
-    sandbox.command("train", *DYNAMIC, "hydra.run.dir=RUN1", *TINY)
-
-
-def _step2(sandbox: Sandbox) -> None:
-    """The same with a router."""
-    sandbox.prepare("RUN1")
-    step2 = ["+router=exact", "init=RUN1/checkpoints/last.ckpt", "trainer.check_val_every_n_epoch=1"]
-    sandbox.command("train", *DYNAMIC, *step2, "hydra.run.dir=RUN2", *TINY)
-
-
 def _photos(sandbox: Sandbox) -> None:
     (sandbox.folder / "photos").mkdir()
     for index in range(2):
@@ -126,6 +113,6 @@ def _picture(shapes: ShapesDataset, index: int) -> Image.Image:
 
 
 MAKERS: dict[str, Callable[[Sandbox], None]] = {
-    "RUN": _run, "RUN1": _step1, "RUN2": _step2, "photos": _photos, "my_data": _my_data,
+    "RUN": _run, "photos": _photos, "my_data": _my_data,
     "released.pth": _released,
 }  # fmt: skip

@@ -29,7 +29,6 @@ def text_of(page: Path) -> str:
     return re.sub(r"^\s*```.*?^\s*```", "", page.read_text(), flags=re.M | re.S)
 
 
-@pytest.mark.skipif(shutil.which("zensical", path=Path(sys.executable).parent) is None, reason="needs the extra docs")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Links between pages and to headings hold; every page is in the menu."""
     shutil.copytree(DOCS, tmp_path / "docs")
@@ -53,15 +52,14 @@ def test_files_that_a_page_links_to_exist(page: Path) -> None:
 
 
 COMPOSED = [
-    ("train",), ("evaluate", "ckpt=x"), ("predict", "ckpt=x", "source=x"), ("calibrate", "ckpt=x"),
-    ("report", "runs=x"), ("train", "data=yolo"),
-    ("train", "+experiment=dy_yolov7", "+router=yolo"), ("train", "+experiment=shapes_mask_rcnn"),
-    ("train", "+experiment=bccd_atss", "head=dyhead_towers_small"), ("train", "+experiment=dyhead_atss_r50_simple"),
-    ("train", "+experiment=bccd_retinanet", "callbacks=[default,ema]", "logger=[csv,wandb]"),
-    ("train", "data=voc"), ("train", "+experiment=dy_faster_rcnn_r50"), ("train", "+experiment=dyhead_atss_swint"),
-    ("train", "neck=bifpn", "head=dyhead_fine_grained_small"), ("train", "backbone=vit_small", "neck=simple_pyramid"),
-    ("train", "head=separable_small", "neck=bifpn_small"),
+    ("evaluate", "ckpt=x"), ("predict", "ckpt=x", "source=x"), ("calibrate", "ckpt=x"), ("report", "runs=x"),
+    ("train", "callbacks=[default,ema]", "logger=[csv,wandb]", "neck=bifpn", "head=dyhead_fine_grained_small"),
+    ("train", "+experiment=dy_yolov7", "+router=yolo"), ("train", "+experiment=shapes_mask_rcnn", "data=yolo"),
+    ("train", "+experiment=bccd_atss", "head=dyhead_towers_small"), ("train", "+experiment=fcos_d8_dyn"),
+    ("train", "data=voc", "predictor=retinanet_small", "head=plain_small"),
+    ("train", "backbone=vit_small", "neck=simple_pyramid", "head=dyhead_small"),
 ]  # fmt: skip
+"""Together they have every key that a page may name."""
 
 
 @cache
@@ -114,8 +112,9 @@ def test_error_lines_are_those_of_the_program() -> None:
     assert len(quoted) > 20
     of_hydra = {"missing EQUAL", "no viable alternative", "mismatched input"}
     for quote in quoted:
-        pattern = ".*?".join(re.escape(part) for part in quote.split("…"))
-        said = any(re.search(pattern, message, re.S) for message in messages())
+        parts = quote.split("…")
+        pattern = re.compile(".*?".join(re.escape(part) for part in parts), re.S)
+        said = any(pattern.search(message) for message in messages() if all(part in message for part in parts))
         assert said or quote in of_hydra, f"no message of the program is like {quote!r}"
 
 
@@ -151,7 +150,7 @@ def test_the_model_zoo_has_every_experiment() -> None:
     assert named <= set(model_zoo.experiments())
 
 
-@pytest.mark.parametrize("name", ["fcos_r50", "shapes_dy_tiny", "yolov7", "bccd_dyn"])
+@pytest.mark.parametrize("name", ["fcos_r50", "shapes_dy_tiny", "yolov7"])
 def test_rows_of_the_model_zoo_are_of_today(name: str) -> None:
     assert rows()[name] == model_zoo.row(name), "run python scripts/model_zoo.py"
 
