@@ -16,6 +16,7 @@ from dyndet.checkpoints.read import check_resumable, resume_path
 from dyndet.checkpoints.start_from import start_from
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
+from dyndet.cli.from_data import follow_data
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
@@ -32,6 +33,8 @@ def train(config: DictConfig) -> dict[str, float]:
     checkpoint = resume_path(config)
     data = build(config.data.module)
     data.setup("fit")  # first, so that wrong paths show before anything slow
+    if chosen := follow_data(config, data):
+        rank_zero_info(chosen)
     if "router_loss" in config:
         module, data = router_parts(config, data)
     else:

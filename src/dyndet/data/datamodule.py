@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class DetectionDataModule(LightningDataModule):
         train_transform: one transform or several in order.
         val_transform: the same for evaluation.
         val_batch_size: evaluation images per process; `batch_size` when None.
-        num_workers: loader processes; 0 loads in the main process.
+        num_workers: loader processes; 0 loads in the main process. None takes those that the machine has cores for
+            beside the main process, at most 4.
         pad_multiple: batches are padded to a multiple of this many pixels.
         group_by_aspect: training batches hold only landscape or only portrait images, as far as possible.
         drop_last: leaves out a last training batch that is not full.
@@ -64,7 +66,7 @@ class DetectionDataModule(LightningDataModule):
         train_transform: Transforms = None,
         val_transform: Transforms = None,
         val_batch_size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         pad_multiple: int = 32,
         group_by_aspect: bool = False,
         drop_last: bool = True,
@@ -84,7 +86,7 @@ class DetectionDataModule(LightningDataModule):
         self.train_mix = train_mix
         self.train_transform = _composed(train_transform)
         self.val_transform = _composed(val_transform)
-        self.num_workers = num_workers
+        self.num_workers = min(4, cores() - 1) if num_workers is None else num_workers
         self.collate = Collate(pad_multiple)
         self.group_by_aspect = group_by_aspect
         self.drop_last = drop_last
@@ -268,6 +270,11 @@ def _composed(transforms: Transforms) -> Transform | None:
 def _listed(categories: Sequence[Category]) -> str:
     shown = ", ".join(f"{category.id} {category.name}" for category in categories[:5])
     return f"[{shown}{', ...' if len(categories) > 5 else ''}]"
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _rank_and_world_size() -> tuple[int, int]:
