@@ -17,6 +17,7 @@ from dyndet.checkpoints.start_from import start_from
 from dyndet.checkup.examination import check_before_training
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
+from dyndet.cli.from_data import follow_data
 from dyndet.data.layouts.describe import describe
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
@@ -38,6 +39,8 @@ def train(config: DictConfig) -> dict[str, float]:
         config.data.num_classes = data.num_classes
     if text := describe(data):
         rank_zero_info(text)
+    if chosen := follow_data(config, data):
+        rank_zero_info(chosen)
     for line in check_before_training(data.train, data.val):
         rank_zero_info(f"data: {line}")
     if "router_loss" in config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ class TimmBackbone(nn.Module):
             deformable ones (DCN v2). Weight files need not hold their offset convolutions, which start at zero.
         drop_path: stochastic depth: the rate of the last block, growing linearly from 0 at the first.
         output_norm: a layer norm over the channels of every returned map (as detectors use Swin).
+        model_args: more arguments of timm's model, for instance {"channels": [32, 64, 128, 256]} for a narrow ResNet.
 
     Raises:
         UserError: on a model that timm does not know, a stride or a part that it does not have, or weights that do not
@@ -67,13 +68,14 @@ class TimmBackbone(nn.Module):
         deformable_stages: Sequence[int] = (),
         drop_path: float = 0.0,
         output_norm: bool = False,
+        model_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if norm not in ("train", "eval", "frozen"):
             raise ValueError(f"norm must be train, eval or frozen, got {norm!r}")
         if ":" in name:  # a scheme of timm's: a hub, a folder
             raise UserError(f"backbone.name={name} is no model of timm: give its name, and backbone.weights=FILE")
-        shell, options = _shell(name, drop_path)
+        shell, options = _shell(name, drop_path, model_args or {})
         taps: list[int] = list(shell.feature_info.out_indices)
         available: list[int] = list(shell.feature_info.reduction())
         missing = [stride for stride in strides if stride not in available]
@@ -221,19 +223,21 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         ) from error
 
 
-def _shell(name: str, drop_path: float) -> tuple[Any, dict[str, Any]]:
+def _shell(name: str, drop_path: float, more: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model without weights, and what timm is to be asked for besides its name."""
-    options: dict[str, Any] = {"drop_path_rate": drop_path}
+    options: dict[str, Any] = {**more, "drop_path_rate": drop_path}
     with torch.device("meta"):
         try:
             shell = _create(name, pretrained=False, **options)
         except TypeError as error:
             if "drop_path_rate" not in str(error):
+                if more:
+                    raise UserError(f"backbone.model_args={dict(more)} does not fit {name}: {error}") from error
                 raise
             if drop_path:
                 raise UserError(f"backbone {name} has no stochastic depth: set backbone.drop_path=0") from error
-            options = {}
-            shell = _create(name, pretrained=False)
+            options = dict(more)
+            shell = _create(name, pretrained=False, **options)
         if _is_vit(shell):
             options |= {"dynamic_img_size": True}
             shell = _create(name, pretrained=False, **options)

@@ -30,7 +30,7 @@ class PointTargets:
     ltrb: Tensor
 
 
-def regress_ranges(num_levels: int, base: int = 64) -> list[tuple[float, float]]:
+def regress_ranges(num_levels: int, base: float = 64) -> list[tuple[float, float]]:
     """[-1, 64], [64, 128], ... the last one open: how large max(l, t, r, b) may be at each level, in pixels."""
     bounds = [float(base * 2**level) for level in range(num_levels - 1)]
     return list(zip([-1.0, *bounds], [*bounds, _FAR], strict=True))
@@ -41,11 +41,12 @@ class CenterSampling:
 
     Args:
         radius: half width of the central region in strides; None takes the whole box.
-        base_range: largest distance that the finest level regresses, in pixels (64 for P3).
+        base_range: largest distance that the finest level regresses, in pixels (64 for P3); None takes eight of its
+            strides.
         strict: a distance on the border of a range belongs to no level (detectron2) instead of to both.
     """
 
-    def __init__(self, *, radius: float | None = 1.5, base_range: int = 64, strict: bool = False) -> None:
+    def __init__(self, *, radius: float | None = 1.5, base_range: float | None = 64, strict: bool = False) -> None:
         self.radius = radius
         self.base_range = base_range
         self.strict = strict
@@ -62,7 +63,7 @@ class CenterSampling:
             num_classes: the background label.
         """
         flat = torch.cat(list(points))
-        ranges = regress_ranges(len(points), self.base_range)
+        ranges = regress_ranges(len(points), 8 * strides[0] if self.base_range is None else self.base_range)
         low, high, radius = (
             torch.cat([flat.new_full((len(p),), value) for p, value in zip(points, values, strict=True)])[:, None]
             for values in (

@@ -1,0 +1,50 @@
+"""What a configuration leaves to the training set."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import open_dict
+
+from dyndet.cli.compose import build, compose_experiment
+from dyndet.cli.from_data import follow_data
+from dyndet.data.box_sizes import base_range, reaches
+
+SMALL = ["predictor=fcos_fitted", "data.train_images=40", "data.val_images=4", "data.batch_size=4"]
+
+
+def followed(epochs: int, steps: list[int], *overrides: str) -> tuple[dict[str, float], str]:
+    """The derived numbers and the line on them."""
+    config = compose_experiment("shapes_dyn", [*SMALL, "trainer.max_epochs=null", *overrides])
+    with open_dict(config):
+        config.follow = {"epochs": epochs, "steps": steps, "validations": 3}
+    data = build(config.data.module)
+    data.setup("fit")
+    line = follow_data(config, data)
+    numbers = {"base": config.predictor.assigner.base_range, "epochs": config.trainer.max_epochs}
+    return numbers | {"every": config.trainer.check_val_every_n_epoch}, line
+
+
+@pytest.mark.parametrize(("epochs", "steps", "expected"), [
+    (7, [10, 1000], 7),  # 10 batches an epoch
+    (7, [95, 1000], 10),  # at least 95 steps
+    (7, [10, 31], 4),  # at most 31, in whole epochs
+])  # fmt: skip
+def test_length_follows_the_number_of_images(epochs: int, steps: list[int], expected: int) -> None:
+    numbers, line = followed(epochs, steps, "trainer.check_val_every_n_epoch=null")
+    assert numbers["epochs"] == expected
+    assert numbers["every"] == max(1, expected // 3)
+    assert f"trainer.max_epochs={expected} of 10 steps" in line
+    assert f"predictor.assigner.base_range={numbers['base']:g}" in line
+
+
+def test_ranges_are_those_of_the_training_boxes() -> None:
+    numbers, _ = followed(1, [1, 9])
+    config = compose_experiment("shapes_dyn", SMALL)
+    data = build(config.data.module)
+    data.setup("fit")
+    assert numbers["base"] == base_range(reaches(data.train, None), (8, 16, 32))
+
+
+def test_numbers_that_are_given_stay() -> None:
+    numbers, line = followed(5, [1, 9], "predictor.assigner.base_range=17", "trainer.max_epochs=2")
+    assert (numbers["base"], numbers["epochs"], line) == (17, 2, "")
