@@ -15,6 +15,7 @@ setup: $(READY)  ## create .venv with dyndet and its development tools
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then uv venv --quiet --allow-existing --python $(PYTHON) .venv; \
 	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; fi
+	@rm -rf dyndet.egg-info  # of installations before: their record would be found in place of the new one
 	@uv=$$(command -v uv || echo $(BIN)/uv); \
 	$$uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)

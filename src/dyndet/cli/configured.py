@@ -23,6 +23,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seed": ("between 0 and 4294967295", lambda value: 0 <= value <= 4294967295),
 }
 
+_FLAGS = ("again", "channels_last", "compile", "fuse", "gates")
+
 _LIBRARIES = ("lightning", "torch.optim", "torch.utils.data", "torch.distributed", "hydra")
 """Who checks options that are handed on to them."""
 
@@ -36,11 +38,16 @@ _KNOWN = {
 
 
 def check_ranges(config: DictConfig) -> None:
-    """Whether numbers lie where they mean something; what is no number is left to the types.
+    """Whether numbers lie where they mean something, and flags are flags; parts check their own types.
 
     Raises:
         UserError: naming the key.
     """
+    for key in _FLAGS:
+        if not isinstance(config.get(key, False), bool):
+            raise UserError(f"{key} must be true or false, got {config[key]!r}")
+    if not isinstance(config.get("seed", 0), int):
+        raise UserError(f"seed must be a whole number, got {config.seed!r}")
     for key, (wanted, holds) in _RANGES.items():
         value = OmegaConf.select(config, key, throw_on_missing=False)
         if isinstance(value, int | float) and not holds(value):
