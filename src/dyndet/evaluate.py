@@ -68,7 +68,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
             metrics |= _latency(detector, data, config.latency)
         if config.timing:
             metrics |= _compare(cast(PyramidDetector, detector), data, config, report)
-        print(f"validation steps took {collected.seconds:.2f} s for {len(collected.facts.images)} images")
+        print(f"validation steps took {collected.seconds:.2f} s for {collected.images} images")
         print(f"detections: {folder / 'detections.json'}, ground truth and compute of every image beside it")
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}  # json has no nan
         (folder / "result.json").write_text(json.dumps(finite, indent=1) + "\n")

@@ -159,7 +159,7 @@ def test_validation_logs_what_pycocotools_says(monkeypatch: pytest.MonkeyPatch) 
         enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     (logged,) = trainer.validate(module, data, verbose=False)
-    assert len(collected.facts.images) == 10
+    assert collected.images == 10
     for row in collected.facts.detections:
         del row["bbox"]
     judge = segm(write_ground_truth(dataset), collected.facts.detections)

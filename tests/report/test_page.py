@@ -22,8 +22,10 @@ from commands import forked
 from dyndet.metrics.validation import ImageFacts, read_validation
 from dyndet.report.charts import Line, Point, bar_chart, histogram, line_chart, scatter_chart
 from dyndet.report.history import line_of, read_history
+from dyndet.report.overview import report_page
 from dyndet.report.page import Html, document, element, figure, html, matrix, picture, section, shade, table
 from dyndet.report.pictures import MISSED, close_up, outlined, read_picture
+from dyndet.report.runs import collect_runs
 from dyndet.structures import Category, Detections, Target
 
 EVIL = '<script>alert("1")</script>&amp;\'"'
@@ -221,6 +223,18 @@ def test_report_of_one_run(tmp_path: Path) -> None:
         assert text in reader.text, text
     assert reader.tags.count("img") > 10
     assert (home / "report.md").is_file() and (home / "pareto.png").is_file()
+
+
+def test_pictures_that_moved_are_found_by_their_names(tmp_path: Path) -> None:
+    home = left_by_a_run(make(tmp_path / "run", [], numbers(0.4, 0.5)))
+    (home / "images").rename(tmp_path / "moved")
+    runs = collect_runs(home)
+    gone, again = (
+        Reader(report_page(runs, title="", x="macs/head_ratio", y="val/AP", images=images))
+        for images in (None, tmp_path / "moved")
+    )
+    assert "img" not in gone.tags and "report again with images=FOLDER" in gone.text
+    assert again.tags.count("img") > 10 and "images=FOLDER" not in again.text
 
 
 def test_report_of_several_runs(tmp_path: Path) -> None:

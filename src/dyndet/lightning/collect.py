@@ -28,7 +28,8 @@ class Collect(Callback):
         pictures: of images without a file, generated ones, so many are kept under `images/` in the folder.
 
     Attributes:
-        facts: of the latest validation, all processes' where it ended.
+        facts: of the latest validation, all processes' where it ended; empty once they are written.
+        images: how many there were.
         seconds: that its steps took on this process.
     """
 
@@ -37,6 +38,7 @@ class Collect(Callback):
         self.masks = masks
         self.pictures = pictures
         self.facts = ImageFacts()
+        self.images = 0
         self.seconds = 0.0
         self._started = 0.0
 
@@ -78,8 +80,11 @@ class Collect(Callback):
         everyone, self.facts = gathered([self.facts]), ImageFacts()  # every process has seen its own images
         for facts in everyone:
             self.facts += facts
-        if self.folder is not None and trainer.is_global_zero:
-            self.facts.write(self.folder, pl_module.categories)
+        self.images = len(self.facts.images)
+        if self.folder is not None:
+            if trainer.is_global_zero:
+                self.facts.write(self.folder, pl_module.categories)
+            self.facts = ImageFacts()  # of a large set they fill the memory
 
     def _with_file(self, target: Target, image: Tensor) -> Target:
         """The target of a picture in the folder, the same in every validation."""

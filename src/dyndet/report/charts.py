@@ -195,7 +195,8 @@ def scatter_chart(
         if point.name:
             right = x > 0.8 * frame.width
             anchor = "end" if right else "start"
-            marks.append(element("text", point.name, x=x + (-8 if right else 8), y=y - 5, text_anchor=anchor))
+            place = (x - 8, y - 5) if right else (x + 8, y + 13)  # off a line that rises to the right
+            marks.append(element("text", point.name, x=place[0], y=place[1], text_anchor=anchor, class_="name"))
     chart = frame.drawn(*marks, x_label=x_label, y_label=y_label, percent=percent)
     return html([chart, color_legend([(front_name, PALETTE[1])]) if len(front) > 1 else None])
 

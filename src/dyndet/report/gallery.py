@@ -13,6 +13,8 @@ from dyndet.report.findings import Findings
 from dyndet.report.page import Html, cards, element, figure, html, paragraph, picture, section, small
 from dyndet.report.pictures import ANNOTATED, MISSED, RIGHT, WRONG, boxes_of, close_up, outlined, read_picture
 
+TRIES = 200
+"""So many files that are gone end the search."""
 WIDEST = 1900
 """Of the strip of gates, in pixels."""
 
@@ -40,9 +42,9 @@ class Gallery:
         note = html(["At IoU 0.5 and the best thresholds. ", _key(detection=WRONG, missed=MISSED, annotated=ANNOTATED)])
         parts = [
             element("h3", "False detections with the highest scores"),
-            self._row(false, "none"),
+            self._row(false),
             element("h3", "The largest missed objects"),
-            self._row(missed, "none"),
+            self._row(missed),
         ]
         return section("Worst errors", *parts, anchor=anchor, note=note)
 
@@ -66,15 +68,15 @@ class Gallery:
         note = html(["Detections at the best thresholds. ", _key(right=RIGHT, wrong=WRONG, missed=MISSED)])
         return section("Easiest and hardest images", *parts, anchor=anchor, note=note)
 
-    def _row(self, mistakes: Iterable[Mistake], nothing: str) -> Html:
+    def _row(self, mistakes: Iterable[Mistake]) -> Html:
         shown: list[Html] = []
         for item in mistakes:
             image = self._read(item.image) if len(shown) < self.count else None
             if image is not None:
                 shown.append(self._mistake(item, image))
-            if len(shown) == self.count or self.gone > 50:
+            if len(shown) == self.count or self.gone > TRIES:
                 break
-        return cards(*shown, small=True) if shown else paragraph(nothing if not self.gone else "no image files found")
+        return self._cards(shown)
 
     def _mistake(self, item: Mistake, image: Image.Image) -> Html:
         target, names = self.found.targets[item.image], self.found.names
@@ -98,9 +100,9 @@ class Gallery:
             image = self._read(index)
             if image is not None:
                 shown.append(self._image(index, image))
-            if len(shown) >= self.count // 2 or self.gone > 50:
+            if len(shown) >= self.count // 2 or self.gone > TRIES:
                 break
-        return cards(*shown, small=True) if shown else paragraph("no image files found")
+        return self._cards(shown)
 
     def _image(self, index: int, image: Image.Image) -> Html:
         target, detections, score = self.found.targets[index], self.found.detections[index], self.found.scores[index]
@@ -114,6 +116,11 @@ class Gallery:
         caption = [f"F1 {score.f1:.2f}{macs}", small(f"{counts} · image {target.image_id}{route}")]
         shown = picture(outlined(image, target, outlines), f"image {target.image_id}")
         return figure(element("a", shown, title=target.path), caption)
+
+    def _cards(self, shown: list[Html]) -> Html:
+        if shown or not self.gone:
+            return cards(*shown, small=True) if shown else paragraph("None.")
+        return paragraph("The image files are not where they were: report again with images=FOLDER.", kind="problem")
 
     def _read(self, index: int) -> Image.Image | None:
         image = read_picture(self.found.targets[index], self.folder)
