@@ -98,7 +98,7 @@ def test_all_formats_hold_the_same(run: Run, photos: Path, tmp_path: Path, capsy
         assert len(list(csv.reader(file))) == 1 + sum(counts)
     labels = tmp_path / "out" / "labels"
     assert [len((labels / name).read_text().splitlines()) for name in ("0.txt", "1.txt", "deep/0.txt")] == counts
-    assert "3 images, 0 skipped" in capsys.readouterr().out
+    assert "3 images and frames, 0 skipped" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_is_reported_and_left_out(
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_reported_and_left_out(
     assert set(errors) == {"1.png", "._0.png", "clip.mp4"} and all("cannot be" in reason for reason in errors.values())
     assert [len(item["detections"]) > 0 for item in found if "error" not in item] == [True, True]
     printed = capsys.readouterr()
-    assert "2 images, 3 skipped" in printed.out and not (tmp_path / "out" / "pictures").exists()
+    assert "2 images and frames, 3 skipped" in printed.out and not (tmp_path / "out" / "pictures").exists()
     assert [line[:8] for line in printed.err.splitlines() if "cannot be" in line] == ["skipped:"] * 3
 
 
@@ -122,7 +122,8 @@ def test_exit_codes(ckpt: Path, photos: Path, tmp_path: Path) -> None:
     (photos / "1.png").write_bytes(b"")
     arguments = (f"ckpt={ckpt}", "device=cpu", "out=out", "pictures=false")
     some = forked(tmp_path, "predict", *arguments, f"source={photos}")
-    assert some.returncode == 0 and "2 images, 1 skipped" in some.stdout and some.stderr.count("skipped:") == 1
+    assert some.returncode == 0 and some.stderr.count("skipped:") == 1
+    assert "2 images and frames, 1 skipped" in some.stdout
     none = forked(tmp_path, "predict", *arguments, f"source={photos}/1.png")
     assert none.returncode == 3 and "error: source=" in none.stderr and "none of 1 files" in none.stderr
     (entry,) = json.loads((tmp_path / "out" / "detections.json").read_text())

@@ -143,7 +143,8 @@ class _Job:
         spent = self._meter.compute().total
         print(f"GMAC per image: mean {spent.mean / 1e9:.3f}, max {spent.max / 1e9:.3f}, min {spent.min / 1e9:.3f}")
         written = [*(["pictures"] if self._suffix else []), *(writer.file.name for writer in self._writers)]
-        print(f"{self.done} images, {self.skipped} skipped: {', '.join(written) or 'nothing'} in {self.folder}")
+        counts = f"{self.done} images and frames, {self.skipped} skipped"
+        print(f"{counts}: {', '.join(written) or 'nothing'} in {self.folder}")
 
     def _image(self, source: Source) -> None:
         image = read_image(source.path)

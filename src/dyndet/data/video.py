@@ -63,7 +63,7 @@ class Video:
                 self._container = self._av.open(source.path)
         except (self._av.FFmpegError, OSError, ValueError) as error:
             what = "camera" if source.kind == "camera" else "video"
-            raise DataError(f"{what} {source.path} cannot be opened ({reason(error)})") from error
+            raise DataError(f"{what} {source.path} cannot be opened ({_why(error)})") from error
         if not self._container.streams.video:
             self._container.close()
             raise DataError(f"video {source.path} has no pictures: it is cut off, or holds only sound")
@@ -88,7 +88,7 @@ class Video:
                     image = torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
                     yield Frame(image, number, float(frame.time or 0))
         except (self._av.FFmpegError, ValueError) as error:
-            raise DataError(f"video {self.path} is damaged after {number + 1} frames ({reason(error)})") from error
+            raise DataError(f"video {self.path} is damaged after {number + 1} frames ({_why(error)})") from error
         if number < 0:
             raise DataError(f"video {self.path} has no frames")
 
@@ -126,6 +126,10 @@ class VideoWriter:
         canvas = Image.new("RGB", (self._stream.width, self._stream.height), "white")
         canvas.paste(picture, (0, 0))
         self._container.mux(self._stream.encode(self._av.VideoFrame.from_image(canvas)))
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or reason(error)
 
 
 def _pyav(path: str) -> Any:

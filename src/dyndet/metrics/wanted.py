@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from types import UnionType
 
 import torch
 from torchvision.ops import nms
@@ -62,5 +63,5 @@ class Wanted:
         return found[torch.arange(min(len(found), self.max_detections or len(found)))]
 
 
-def _is(value: object, kind: type) -> bool:
+def _is(value: object, kind: type | UnionType) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
