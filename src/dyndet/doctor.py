@@ -20,7 +20,9 @@ from dyndet.checkup.sheet import doctor_sheet
 from dyndet.checkup.split import read_splits
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
+from dyndet.cli.from_data import follow_data
 from dyndet.data.datamodule import DetectionDataModule
+from dyndet.data.layouts.describe import describe
 from dyndet.errors import DataError
 from dyndet.models.detectors.base import Detector
 
@@ -40,13 +42,16 @@ def doctor(config: DictConfig) -> list[Finding]:
         _write(findings, folder, console)
         raise SystemExit(1) from None
     config.data.num_classes = len(data.categories)
+    follow_data(config, data)
     if "weights" in config.backbone:
         config.backbone.weights = "none"  # only what it is is asked for
     detector: Detector = build(config.detector)
     splits = read_splits(data.train, data.val)
     opened = sum(len(split) if config.images is None else min(config.images, len(split)) for split in splits)
+    if text := describe(data):
+        console.print(text, markup=False, highlight=False)
     for line in overview(splits):
-        console.print(line, highlight=False)
+        console.print(line, markup=False, highlight=False)
     findings = examine(
         splits,
         detector,

@@ -23,6 +23,7 @@ from dyndet.report.page import (
     element,
     facts,
     figure,
+    matrix,
     paragraph,
     picture,
     section,
@@ -106,11 +107,10 @@ def _sides(splits: Sequence[Split]) -> Html:
         sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1))
         shares[split.name] = np.bincount(np.searchsorted(_BINS, sides), minlength=len(names)) / max(1, len(sides))
     filled = [place for place in range(len(names)) if any(share[place] for share in shares.values())]
-    rows = [
-        {"pixels": names[place], **{name: f"{share[place]:.1%}" for name, share in shares.items()}} for place in filled
-    ]
-    shades = {(row, name): float(share[place]) for row, place in enumerate(filled) for name, share in shares.items()}
-    return figure(table(rows, shades=shades), "Sizes of boxes on disk: square root of their area")
+    values = [[float(share[place]) for share in shares.values()] for place in filled]
+    cells = [[f"{value:.1%}" for value in row] for row in values]
+    shown = matrix([names[place] for place in filled], list(shares), cells, values, corner="pixels")
+    return figure(shown, "Sizes of boxes on disk: square root of their area")
 
 
 def _found(finding: Finding, splits: dict[str, Split]) -> Html:
