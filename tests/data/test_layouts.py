@@ -151,6 +151,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     alone = DataFolder(tmp_path / "test", val_split="all")
     assert cases.indices_of(alone.read("val")) == set(cases.TEST)  # a set to evaluate on needs no splits
     assert cases.indices_of(DataFolder(tmp_path / "set", val_split="test").read("val")) == set(cases.TEST)
+    cases.coco_roboflow_train_only(tmp_path / "one")
+    assert cases.indices_of(DataFolder(tmp_path / "one", val_split="all").read("val")) == set(cases.EVERY)
 
 
 def test_a_split_that_the_yaml_names_but_nobody_has_is_made_and_said(tmp_path: Path) -> None:
