@@ -18,7 +18,7 @@ from dyndet.cli.compose import compose_experiment
 
 FOLDER = Path(dyndet.data.__path__[0])
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-CONF = Path(dyndet.conf.__path__[0])
+CONF = Path(__file__).parents[2] / "conf"
 SETS = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem != "files")
 KEY = re.compile(r"(?<![\w.{])data\.([a-z_]+(?:[.][a-z_]+)*)(?![\w(])")
 ARGUMENT = re.compile(r"(?<![\w./])([a-z_]+)=(?=[\w(\[{'\"])")

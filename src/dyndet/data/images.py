@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dyndet.data.pixels import to_rgb
+from dyndet.data.pixel_values import to_rgb
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Size
 
@@ -79,8 +79,8 @@ def read_image(
 ) -> Tensor:
     """Decodes an image file to uint8 (3, H, W) RGB, upright.
 
-    Grey is repeated, palettes and CMYK are converted, alpha is dropped; `dyndet.data.pixels` tells what counts as white
-    in files of more than 8 bit. Of an animation the first frame is read.
+    Grey is repeated, palettes and CMYK are converted, alpha is dropped; `dyndet.data.pixel_values` tells what counts as
+    white in files of more than 8 bit. Of an animation the first frame is read.
 
     Args:
         path: JPEG, PNG, BMP, WebP, TIFF, GIF or PPM.
@@ -133,10 +133,9 @@ def resolve_inside(root: str | Path, name: str | Path) -> Path:
         DataError: if the name leaves `root` by `..` or as an absolute path, or leads to a device.
     """
     text = str(name)
-    inside = text and "\0" not in text and not PureWindowsPath(text).drive
-    if not inside or not all(_lies_in(root, form) for form in (text, text.replace("\\", "/"))):
+    if not _lies_in(root, text):
         raise DataError(f"file name {text!r} does not lie inside {root}: name a file in that folder")
-    path = Path(root, os.path.normpath(text) if ".." in Path(text).parts else text)
+    path = Path(root, os.path.normpath(text) if ".." in text else text)
     try:
         special = path.is_symlink() and not (path.is_file() or path.is_dir()) and path.exists()
     except OSError:  # a link to itself, say: not found when it is read
@@ -168,9 +167,14 @@ def find_inside(root: str | Path, name: str | Path) -> Path:
 
 
 def _lies_in(root: str | Path, text: str) -> bool:
+    if not text or "\0" in text or PureWindowsPath(text).drive:
+        return False
+    if ".." not in text and text[0] not in "/\\":
+        return True
     top = Path(os.path.normpath(Path(root).absolute()))
-    path = Path(os.path.normpath(top / text))
-    return path.is_relative_to(top) or (Path(text).is_absolute() and path.is_relative_to(os.path.realpath(root)))
+    tops = (top, Path(os.path.realpath(root)))  # a root that is a link has two names
+    paths = [Path(os.path.normpath(top / form)) for form in (text, text.replace("\\", "/"))]
+    return all(any(path.is_relative_to(one) for one in tops) for path in paths)
 
 
 @contextmanager

@@ -209,6 +209,10 @@ class FileDataset:
         repairs: what was mended while the records were made; a summary is logged as one warning.
         source: where the annotations came from, for messages.
 
+    Attributes:
+        upright: whether images are turned by their EXIF orientation where the annotated size does not tell (see
+            `judge`); otherwise each is read as its annotated size says.
+
     Raises:
         DataError: if there is no record, an image id or a class name occurs twice, all boxes are in another unit, or
             the first image is missing or of another size than annotated (so that a wrong image folder is seen at

@@ -10,8 +10,8 @@ two frames of one camera keep their relation.
 | floats (TIFF) | 1; 255 where a value exceeds 2 |
 | any integers of a TIFF whose MaxSampleValue is a power of two less 1, from 255 on | MaxSampleValue |
 
-MaxSampleValue of another form is a statistic of one image. What exceeds white or lies well below 0 has no agreed meaning
-and is refused. Alpha is dropped, the colour below it stays.
+MaxSampleValue of another form is a statistic of one image. What exceeds white or lies well below 0 has no agreed
+meaning and is refused. Alpha is dropped, the colour below it stays.
 """
 
 from __future__ import annotations
