@@ -1,6 +1,4 @@
-"""One small set in every layout that is recognised, and the table of what became of it: `python tests/data/layout_cases.py`
-writes docs/layouts.md.
-"""
+"""One small set in every layout that is recognised. Run as a script it writes docs/layouts.md, what became of each."""
 
 from __future__ import annotations
 
@@ -76,11 +74,11 @@ def coco(
 
 
 def yolo(file: Path, index: int) -> None:
-    lines = [
-        f"{c} {(x1 + x2) / 2 / WIDTH:.6f} {(y1 + y2) / 2 / HEIGHT:.6f} {(x2 - x1) / WIDTH:.6f} {(y2 - y1) / HEIGHT:.6f}\n"
-        for x1, y1, x2, y2, c in boxes_of(index)
-    ]
-    write(file, "".join(lines))
+    lines = []
+    for x1, y1, x2, y2, c in boxes_of(index):
+        numbers = ((x1 + x2) / 2 / WIDTH, (y1 + y2) / 2 / HEIGHT, (x2 - x1) / WIDTH, (y2 - y1) / HEIGHT)
+        lines.append(" ".join([str(c), *(f"{number:.6f}" for number in numbers)]))
+    write(file, "\n".join(lines) + "\n")
 
 
 def voc(file: Path, index: int, filename: str | None = None) -> None:
@@ -440,8 +438,8 @@ HEAD = """\
 # Layouts of data sets
 
 `python -m dyndet.train data=auto data.root=FOLDER` recognises the folders below. Written by
-`python tests/data/layout_cases.py`: the same images and boxes in every layout, read by what `data=auto` uses. "Made here":
-the folder has no validation split, so a fixed fifth of the images validates (`data.val_share`).
+`python tests/data/layout_cases.py`: the same images and boxes in every layout, read by what `data=auto` uses. "Made
+here": the folder has no validation split, so a fixed fifth of the images validates (`data.val_share`).
 
 | layout | files | recognised as | format | classes | splits | boxes equal |
 | --- | --- | --- | --- | --- | --- | --- |"""

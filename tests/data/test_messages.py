@@ -8,6 +8,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import dyndet.conf
 import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf

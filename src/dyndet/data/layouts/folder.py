@@ -36,7 +36,7 @@ class DataFolder:
         val_annotations: the same for validation.
         val_images: the same for validation.
         train_split: which split trains.
-        val_split: which split validates; "all" is every image of a folder without splits.
+        val_split: which split validates; "all" is every image of a folder with one split or none.
         val_share: of the training images, where there is no validation split.
         classes: names to keep, in label order (COCO and VOC); None keeps all.
     """
@@ -116,6 +116,8 @@ class DataFolder:
             return self._side(validates=part == "val", load_masks=load_masks, skip_empty=skip_empty)
         if part == "train" and name not in self.found.splits and self.pooled is not None:
             name = self.pooled
+        if name == ALL and len(self.found.splits) == 1:
+            (name,) = self.found.splits
         if name not in self.found.splits:
             has = listed(list(self.found.splits)) or "none"
             raise UserError(
