@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -223,6 +224,20 @@ def test_report_of_one_run(tmp_path: Path) -> None:
         assert text in reader.text, text
     assert reader.tags.count("img") > 10
     assert (home / "report.md").is_file() and (home / "pareto.png").is_file()
+
+
+@pytest.mark.parametrize("empty", ["detections", "objects", "both", "macs"])
+def test_a_validation_with_nothing_in_it(tmp_path: Path, empty: str) -> None:
+    facts = ImageFacts()
+    for index, target in enumerate(TARGETS):
+        items, none = found(index), torch.zeros(0, dtype=torch.int64)
+        if empty in ("detections", "both"):
+            items = Detections(torch.zeros(0, 4), torch.zeros(0), none)
+        things = target[none] if empty in ("objects", "both") else target
+        facts.add(replace(items, macs=None), replace(things, path=""), (80, 100), NAMES)
+    facts.write(make(tmp_path / "run", [], numbers(0.0, 0.5)), NAMES)
+    page = report_page(collect_runs(tmp_path), title="", x="macs/head_ratio", y="val/AP")
+    assert {"classes", "confusion", "errors", "worst-errors", "images"} <= set(Reader(page).anchors)
 
 
 def test_pictures_that_moved_are_found_by_their_names(tmp_path: Path) -> None:

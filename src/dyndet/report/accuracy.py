@@ -42,7 +42,7 @@ def class_section(found: Findings, metrics: Mapping[str, float], anchor: str) ->
         row: dict[str, Content] = {"class": _named(name, label), "objects": str(curve.objects)}
         row |= {"AP": number(metrics.get(f"val/AP/{name}")), "AP50": number(curve.average_precision())}
         if curve.objects:
-            row |= {"threshold": number(best.threshold), "F1": number(best.f1)}
+            row |= {"threshold": number(math.floor(best.threshold * 1000) / 1000), "F1": number(best.f1)}
             row |= {"precision": number(best.precision), "recall": number(best.recall)}
         rows.append(row)
     note = "The threshold is the score from which on F1 is highest, at IoU 0.5: a good score_threshold for pictures."
@@ -52,15 +52,15 @@ def class_section(found: Findings, metrics: Mapping[str, float], anchor: str) ->
 def confusion_section(found: Findings, anchor: str) -> Html:
     """Annotated against detected classes at the best thresholds."""
     counts = confusion_matrix(found.detections, found.targets, found.thresholds)
+    totals = np.maximum(counts.sum(1), 1)
     names, note = [*found.names, "background"], ""
     if len(found.names) > MOST_CLASSES:
         wrong = counts - np.diag(np.diag(counts))
         most = np.argsort(-(wrong.sum(0) + wrong.sum(1))[:-1], kind="stable")[:MOST_CLASSES]
         keep = [*sorted(most.tolist()), len(found.names)]
-        counts, names = counts[np.ix_(keep, keep)], [names[index] for index in keep]
+        counts, totals, names = counts[np.ix_(keep, keep)], totals[keep], [names[index] for index in keep]
         note = f" Of {len(found.names)} classes the {MOST_CLASSES} with most errors are shown."
-    totals = np.maximum(counts.sum(1), 1).tolist()
-    shares = [[count / total for count in row] for row, total in zip(counts.tolist(), totals, strict=True)]
+    shares = (counts / totals[:, None]).tolist()
     cells = [[str(count) if count else "" for count in row] for row in counts.tolist()]
     columns = [*names[:-1], "missed"]
     titles = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -42,9 +43,9 @@ class Gallery:
         note = html(["At IoU 0.5 and the best thresholds. ", _key(detection=WRONG, missed=MISSED, annotated=ANNOTATED)])
         parts = [
             element("h3", "False detections with the highest scores"),
-            self._row(false),
+            self._mistakes(false),
             element("h3", "The largest missed objects"),
-            self._row(missed),
+            self._mistakes(missed),
         ]
         return section("Worst errors", *parts, anchor=anchor, note=note)
 
@@ -68,15 +69,26 @@ class Gallery:
         note = html(["Detections at the best thresholds. ", _key(right=RIGHT, wrong=WRONG, missed=MISSED)])
         return section("Easiest and hardest images", *parts, anchor=anchor, note=note)
 
-    def _row(self, mistakes: Iterable[Mistake]) -> Html:
+    def _mistakes(self, mistakes: Iterable[Mistake]) -> Html:
+        return self._row(((item.image, partial(self._mistake, item)) for item in mistakes), self.count)
+
+    def _images(self, order: Iterable[int]) -> Html:
+        return self._row(((index, partial(self._image, index)) for index in order), self.count // 2)
+
+    def _row(self, items: Iterable[tuple[int, Callable[[Image.Image], Html]]], count: int) -> Html:
+        """The first images that are there, each drawn in its way."""
         shown: list[Html] = []
-        for item in mistakes:
-            image = self._read(item.image) if len(shown) < self.count else None
-            if image is not None:
-                shown.append(self._mistake(item, image))
-            if len(shown) == self.count or self.gone > TRIES:
+        for index, draw in items:
+            if len(shown) >= count or self.gone > TRIES:
                 break
-        return self._cards(shown)
+            image = read_picture(self.found.targets[index], self.folder)
+            self.gone += image is None
+            shown += [] if image is None else [draw(image)]
+        if shown:
+            return cards(*shown, small=True)
+        if not self.gone:
+            return paragraph("None.")
+        return paragraph("The image files are not where they were: report again with images=FOLDER.", kind="problem")
 
     def _mistake(self, item: Mistake, image: Image.Image) -> Html:
         target, names = self.found.targets[item.image], self.found.names
@@ -94,16 +106,6 @@ class Gallery:
         shown = picture(close_up(image, target, box, outlines), f"image {target.image_id}")
         return figure(element("a", shown, title=target.path), caption)
 
-    def _images(self, order: Iterable[int]) -> Html:
-        shown: list[Html] = []
-        for index in order:
-            image = self._read(index)
-            if image is not None:
-                shown.append(self._image(index, image))
-            if len(shown) >= self.count // 2 or self.gone > TRIES:
-                break
-        return self._cards(shown)
-
     def _image(self, index: int, image: Image.Image) -> Html:
         target, detections, score = self.found.targets[index], self.found.detections[index], self.found.scores[index]
         boxes = detections.boxes.tolist()
@@ -116,16 +118,6 @@ class Gallery:
         caption = [f"F1 {score.f1:.2f}{macs}", small(f"{counts} · image {target.image_id}{route}")]
         shown = picture(outlined(image, target, outlines), f"image {target.image_id}")
         return figure(element("a", shown, title=target.path), caption)
-
-    def _cards(self, shown: list[Html]) -> Html:
-        if shown or not self.gone:
-            return cards(*shown, small=True) if shown else paragraph("None.")
-        return paragraph("The image files are not where they were: report again with images=FOLDER.", kind="problem")
-
-    def _read(self, index: int) -> Image.Image | None:
-        image = read_picture(self.found.targets[index], self.folder)
-        self.gone += image is None
-        return image
 
     def _share(self, item: Mistake) -> float:
         """Share of the image that the object covers."""
