@@ -171,6 +171,8 @@ def check_job(name: str, job: tuple[str, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # of names that were given up
         config = compose_command(name, job)
+    if name == "train" and config.data.num_classes is None:  # the data says it
+        config.data.num_classes = 80
     for part in (config.get(part) for part in PARTS):
         if OmegaConf.is_config(part):
             check_arguments(part)

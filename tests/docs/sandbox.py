@@ -17,7 +17,6 @@ from released_layouts import RELEASES, random_weights
 
 from commands import ENVIRONMENT, forked
 from dyndet.data.shapes import ShapesDataset
-from dyndet.metrics.export import write_ground_truth
 
 TINY = [
     "data.size=64", "data.train_images=16", "data.val_images=8", "data.batch_size=8", "trainer.max_epochs=1",
@@ -95,11 +94,19 @@ def _my_data(sandbox: Sandbox) -> None:
         folder = sandbox.folder / "my_data" / split
         folder.mkdir(parents=True)
         shapes = ShapesDataset(length=length, size=96, num_classes=4, seed=seed)
-        truth = write_ground_truth(shapes)
-        for index, entry in enumerate(truth["images"]):
-            entry["file_name"] = f"{split}_{index:03d}.jpg"
-            _picture(shapes, index).save(folder / entry["file_name"])
-        (folder / "_annotations.coco.json").write_text(json.dumps(truth))
+        images, annotations = [], []
+        for index in range(length):
+            name = f"{split}_{index:03d}.jpg"
+            _picture(shapes, index).save(folder / name)
+            images.append({"id": index, "file_name": name, "height": 96, "width": 96})
+            target = shapes[index].target
+            for (left, top, right, bottom), label in zip(target.boxes.tolist(), target.labels.tolist(), strict=True):
+                box = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
+                ids = {"id": len(annotations), "image_id": index, "category_id": label + 1, "iscrowd": 0}
+                annotations.append(ids | box)
+        categories = [{"id": label + 1, "name": shapes.categories[label].name} for label in range(4)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "_annotations.coco.json").write_text(json.dumps(content))
 
 
 def _released(sandbox: Sandbox) -> None:

@@ -20,7 +20,7 @@ from dyndet.cli.compose import compose_command
 
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "src" / "dyndet"
-NEW_KEYS = {"data.size"}
+NEW_KEYS = {"data.size", "trainer.accumulate_grad_batches"}
 """Keys of parts that are not there yet; remove them as they come."""
 
 
