@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -11,11 +10,9 @@ from pathlib import Path
 import pytest
 
 import dyndet
-from commands import ENVIRONMENT, forked
+from commands import forked
 from dyndet.cli import door
 from dyndet.cli.usage import COMMANDS, command_help, overview
-
-SCRIPT = Path(sys.executable).with_name("dyndet")
 
 
 def opened(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, str]:
@@ -103,21 +100,3 @@ def test_import_beside_a_folder_of_the_same_name(beside: str, tmp_path: Path) ->
 def test_the_door_reaches_a_command(tmp_path: Path) -> None:
     result = forked(tmp_path, "__main__", "report", "runs=nowhere")
     assert result.returncode == 2 and "nowhere" in result.stderr and "Traceback" not in result.stderr
-
-
-TINY = [
-    "+experiment=shapes_dyn", "data.size=64", "data.train_images=16", "data.val_images=4", "data.batch_size=4",
-    "trainer.accelerator=cpu", "trainer.max_epochs=1", "head.depth=1", "neck.channels=16", "head.norm_groups=4",
-    "~callbacks.progress", "~callbacks.preview", "~callbacks.density", "trainer.devices=2", "trainer.strategy=ddp",
-]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_the_console_script_starts_several_processes(tmp_path: Path) -> None:
-    """Those that join find their command, the job of a sweep and a folder with odd letters."""
-    line = [str(SCRIPT), "train", *TINY, "name=a b", "-m", "seed=1"]
-    done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    (run,) = tmp_path.glob("multirun/a b/*/0")
-    assert json.loads((run / "result.json").read_text())["step"] == 2  # 16 images, 2 processes of 4
-    assert not (tmp_path / "outputs").exists()

@@ -37,7 +37,7 @@ def received(argument: str) -> object:
 @example("source", "str(1)")
 @example("source", "bilder/größe 日本.jpg")
 @example("ckpt", "{a:1}")
-@example("ckpt", "it's \"b\"")
+@example("ckpt", 'it\'s "b"')
 def test_a_path_arrives_as_it_was_typed(key: str, path: str) -> None:
     # These mean something: a home folder, lists, quotes, escapes, interpolations, nothing.
     assume(path[0] != "~" and path[0] + path[-1] not in ("[]", "''", '""') and path.lower() not in ("null", "???"))

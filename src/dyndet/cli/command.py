@@ -37,6 +37,10 @@ _HARMLESS = (
     ".*dataloader is not resumable.*",  # it is: see data/sampler.py
     ".*module.s. in eval mode at the start of training.*",  # frozen parts
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
+    # Hydra 1.4 of what goes in 1.5, which pyproject.toml leaves out: 1.3 has nothing else.
+    ".*register_new_resolver.. is deprecated.*",
+    "The version_base parameter is deprecated.*",
+    "hydra.utils.instantiate.. resolved _target_='dyndet.cli.folders.*",
 )
 _OF_SWEEPS = ("hydra.sweep", "hydra.mode", "hydra.launcher", "hydra.sweeper", "hydra/launcher", "hydra/sweeper")
 
@@ -53,13 +57,13 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         sys.argv[1:], notes = current(sys.argv[1:])
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
+    for harmless in _HARMLESS:
+        warnings.filterwarnings("ignore", message=harmless)
     flags, overrides = flags_and_overrides(sys.argv[1:])
     sys.argv[1:], changed = read_paths([*flags, *overrides])
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions through to the handler below
-    for harmless in _HARMLESS:
-        warnings.filterwarnings("ignore", message=harmless)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -16,6 +16,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "trainer.max_steps": ("at least 1, or -1 for no limit", lambda value: value >= 1 or value == -1),
     "trainer.accumulate_grad_batches": ("at least 1", lambda value: value >= 1),
     "trainer.log_every_n_steps": ("at least 0", lambda value: value >= 0),
+    "trainer.check_val_every_n_epoch": ("at least 1, or null", lambda value: value >= 1),
+    "trainer.val_check_interval": ("a share of an epoch or a number of steps, above 0", lambda value: value > 0),
     "trainer.num_nodes": ("at least 1", lambda value: value >= 1),
     "data.num_workers": ("at least 0", lambda value: value >= 0),
     "optim.optimizer.lr": ("at least 0", lambda value: value >= 0),

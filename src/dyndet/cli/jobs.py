@@ -84,7 +84,7 @@ def close_sweep(folder: Path) -> None:
     jobs = {path.parent: json.loads(path.read_text()) for path in folder.glob(f"*/{_FILE}")}
     if not jobs:
         return
-    shared = set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
+    shared = set.intersection(*(set(job["overrides"]) for job in jobs.values()))
     table = Table("job", "what differs", "status", "AP", "folder")
     problems = []
     for path, job in sorted(jobs.items(), key=lambda item: (len(item[0].name), item[0].name)):

@@ -73,7 +73,7 @@ See everything:
   dyndet train --hydra-help         Hydra's own flags, such as --config-dir
 """
 
-_ADDED = ("experiment", "router", "data/augment")
+_ADDED = ("experiment", "router", "sweep", "data/augment")
 """Groups from which nothing is chosen before: they are written with a +."""
 
 _NOT_SHOWN = ("hydra", "trainer", "defaults", "output_dir")
