@@ -9,7 +9,7 @@ from dyndet.cli.compose import build, compose_experiment
 from dyndet.cli.from_data import follow_data
 from dyndet.data.box_sizes import base_range, reaches
 
-SMALL = ["predictor=fcos_fitted", "data.train_images=40", "data.val_images=4", "data.batch_size=4"]
+SMALL = ["predictor=fcos_short", "data.train_images=40", "data.val_images=4", "data.batch_size=4"]
 
 
 def followed(epochs: int, steps: list[int], *overrides: str) -> tuple[dict[str, float], str]:

@@ -57,6 +57,18 @@ def test_stages_of_an_efficientnet_freeze_one_by_one() -> None:
     assert not any(p.requires_grad for p in backbone.body.conv_stem.parameters())  # type: ignore[union-attr]
 
 
+def test_arguments_of_timms_model_go_to_timm() -> None:
+    """A ResNet of half the channels; what timm does not take is refused by the key."""
+    narrow = {"channels": [32, 64, 128, 256], "stem_width": 16, "zero_init_last": False}
+    backbone = TimmBackbone("resnet10t", model_args=narrow)
+    full = timm.create_model("resnet10t", features_only=True, **narrow)
+    assert backbone.channels == [64, 128, 256]
+    assert [p.shape for p in backbone.body.parameters()] == [p.shape for p in full.parameters()]
+    assert all((layer.weight == 1).all() for layer in backbone._norms())  # blocks add from the start
+    with pytest.raises(UserError, match=r"backbone.model_args.*depth.*resnet10t"):
+        TimmBackbone("resnet10t", model_args={"depth": 3})
+
+
 def test_strides_move_to_the_1x1_convolutions() -> None:
     with torch.device("meta"):
         backbone = TimmBackbone("resnet50", stride_in_1x1=True)

@@ -87,14 +87,17 @@ def features(batch: int = 2, seed: int = 0) -> HeadOutput:
     return HeadOutput(maps, maps)
 
 
-def focal(logit: float, positive: bool) -> float:
+def focal(logit: float, positive: bool, alpha: float, gamma: float) -> float:
     p = 1 / (1 + math.exp(-logit))
-    return -0.25 * (1 - p) ** 2 * math.log(p) if positive else -0.75 * p**2 * math.log(1 - p)
+    return -alpha * (1 - p) ** gamma * math.log(p) if positive else -(1 - alpha) * p**gamma * math.log(1 - p)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_losses_against_a_loop(padded: bool) -> None:
-    module = predictor()
+@pytest.mark.parametrize(("padded", "classification"), [
+    (False, {}), (True, {}), (True, {"alpha": 0.5, "gamma": 1.0, "cls_weight": 3.0}),
+])  # fmt: skip
+def test_losses_against_a_loop(padded: bool, classification: dict[str, float]) -> None:
+    module = predictor(**classification)
+    alpha, gamma = classification.get("alpha", 0.25), classification.get("gamma", 2.0)
     raw = module(features())
     targets = [target_of([(5.2, 7.3, 30, 25), (20.4, 9.1, 50, 44)]), target_of([])]
     sizes = torch.tensor([[64, 80], [40, 48]]) if padded else torch.tensor([[64, 80]] * 2)
@@ -116,7 +119,7 @@ def test_losses_against_a_loop(padded: bool) -> None:
                 if padded and (i * stride >= sizes[image, 0] or j * stride >= sizes[image, 1]):
                     continue
                 logits = flat[level]["cls"][image, position].tolist()
-                cls_sum += sum(focal(logit, k == label) for k, logit in enumerate(logits))
+                cls_sum += sum(focal(logit, k == label, alpha, gamma) for k, logit in enumerate(logits))
                 if label == CLASSES:
                     continue
                 positives += 1
@@ -139,7 +142,8 @@ def test_losses_against_a_loop(padded: bool) -> None:
                 p = 1 / (1 + math.exp(-logit))
                 centerness_sum -= quality * math.log(p) + (1 - quality) * math.log(1 - p)
     assert positives > 3
-    assert losses["cls"].item() == pytest.approx(cls_sum / positives, rel=1e-4)
+    weight = classification.get("cls_weight", 1.0)
+    assert losses["cls"].item() == pytest.approx(weight * cls_sum / positives, rel=1e-4)
     assert losses["box"].item() == pytest.approx(box_sum / max(quality_sum, 1), rel=1e-4)
     assert losses["centerness"].item() == pytest.approx(centerness_sum / positives, rel=1e-4)
 
