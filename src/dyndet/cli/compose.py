@@ -146,7 +146,8 @@ def _whitelist(config: Any) -> dict[str, Any]:
     """
     if "_execution_whitelist_" not in inspect.signature(instantiate).parameters:
         return {}
-    roots = {target.partition(".")[0] for target in _targets(OmegaConf.to_container(config, resolve=False))}
+    named = _targets(OmegaConf.to_container(config, resolve=True))  # resolved: most parts lie elsewhere
+    roots = {target.partition(".")[0] for target in named}
     return {"_execution_whitelist_": [f"{root}.*" for root in sorted(roots)]}
 
 
