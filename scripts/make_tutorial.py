@@ -1,4 +1,4 @@
-"""Writes docs/tutorial_your_data.md from real runs: `python scripts/make_tutorial.py SET [--weights FILE] [--out docs]`.
+"""Writes docs/tutorial_your_data.md from real runs: `python scripts/make_tutorial.py SET [--weights FILE]`.
 
 SET is a COCO-style folder (annotations/train.json, annotations/val.json, images/). A stranger's folder is made of it:
 other class names, the layout of a labelling site's YOLO export, no validation split, three faults. Then the commands of
@@ -181,13 +181,13 @@ it is first used. Nothing else was done, and the times are those of two CPU core
 
 _AFTER_DOCTOR = """
 Three faults: one photo is half a file, one lies there twice, one object was boxed twice. The command changed nothing
-and ended with exit code 1. `doctor.html` has pictures of them, and of what training will be shown. We deleted the broken
-photo and the copy with their label files, and the second line of the box that was drawn twice.
+and ended with exit code 1. `doctor.html` has pictures of them, and of what training will be shown. We deleted the
+broken photo and the copy with their label files, and the second line of the box that was drawn twice.
 
 ## 2. Train
 
 `+experiment=finetune` is the recipe for own data; `data.size=320` has photos resized so that their shorter side is 320
-pixels at most.{weights}
+pixels at most.
 """
 
 _AFTER_TRAINING = """

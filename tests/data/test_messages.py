@@ -8,11 +8,11 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-import dyndet.conf
 import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+import dyndet.conf
 import dyndet.data
 from dyndet.cli.compose import compose_experiment
 
