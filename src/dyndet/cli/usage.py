@@ -38,7 +38,10 @@ _EXAMPLES = {
         "dyndet convert source=released.pth out=converted.ckpt",
         "dyndet convert source=released.pth out=converted.ckpt experiment=retinanet_r50",
     ],
-    "doctor": ["dyndet doctor data=auto data.root=FOLDER", "dyndet doctor +experiment=finetune data.root=FOLDER images=500"],
+    "doctor": [
+        "dyndet doctor data=auto data.root=FOLDER",
+        "dyndet doctor +experiment=finetune data.root=FOLDER images=500",
+    ],
 }
 
 _TRAIN = """\
