@@ -18,6 +18,7 @@ from dyndet.checkup.examination import examine, overview
 from dyndet.checkup.finding import SEVERITIES, Finding
 from dyndet.checkup.sheet import doctor_sheet
 from dyndet.checkup.split import read_splits
+from dyndet.checkup.surroundings import unreadable_files
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
 from dyndet.cli.from_data import follow_data
@@ -38,7 +39,9 @@ def doctor(config: DictConfig) -> list[Finding]:
     try:
         data.setup("fit")
     except DataError as error:
-        findings = [Finding("labels", "error", str(error), 1, "nothing else can be checked before")]
+        findings = [Finding("labels", "error", str(error), 1, "mend this first: the other checks need it")]
+        root = config.data.get("root")
+        findings += unreadable_files(Path(root)) if root else []
         _write(findings, folder, console)
         raise SystemExit(1) from None
     config.data.num_classes = len(data.categories)

@@ -57,7 +57,7 @@ def predict(config: DictConfig) -> Path:
     """
     saved = read_checkpoint(config.ckpt, trust=config.trust)
     given = list(config.source) if isinstance(config.source, ListConfig) else config.source
-    sources = find_sources(given, leave_out=config.out)
+    sources = find_sources(given, leave_out=Path(config.out) / "pictures")
     endless, interrupted = sources[0].kind == "camera", False
     with ExitStack() as stack:
         job = _Job(config, saved, sources, stack)

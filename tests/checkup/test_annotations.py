@@ -147,3 +147,15 @@ def test_any_data_set_and_parts_of_one_become_splits() -> None:
     np.testing.assert_array_equal(part.boxes, np.concatenate([target.boxes.numpy() for target in whole]))
     assert part.image.tolist() == [0] * len(whole[0].boxes) + [1] * len(whole[1].boxes)
     assert [split.name for split in read_splits(shapes, shapes)] == ["train", "val"]
+
+
+def test_a_part_of_a_set_has_its_own_repairs() -> None:
+    """As of a validation split that is made of the training images."""
+    repairs = Repairs()
+    rows = [([[10.0, 10, 50, 60], [60, 10, 50, 80]], [0, 0]), GOOD]
+    whole = Plain(*rows)
+    whole.records = [record.repaired(repairs, lambda i: f"box {i}") for record in whole.records]
+    dataset = whole.split(repairs=repairs).dataset
+    counts = [Split.of("train", Subset(dataset, [index])).repairs.counts for index in (0, 1)]
+    assert counts == [{"inverted": 1}, {}]
+    assert Split.of("train", dataset).repairs.counts == {"inverted": 1}

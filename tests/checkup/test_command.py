@@ -82,3 +82,7 @@ def test_labels_that_cannot_be_read_are_a_finding(tmp_path: Path) -> None:
     assert code == 1
     assert findings[0]["check"] == "labels"
     assert "val.json" in text
+    (tmp_path / "train" / "3.png").write_bytes(b"")
+    _, _, findings = doctor(tmp_path, "train", "val")
+    assert findings[1]["check"] == "unreadable images"
+    assert "3.png" in findings[1]["places"][0]["where"]

@@ -97,3 +97,7 @@ def test_files_beside_and_missing(tmp_path: Path) -> None:
     assert missing_files([train]) == []
     (tmp_path / "images" / "train" / "1.png").unlink()
     assert by_check(missing_files([train])) == {("missing images", "error"): 1}
+    for left in (tmp_path / "images" / "train").iterdir():
+        left.unlink()
+    (tmp_path / "images" / "train").rmdir()
+    assert by_check(check_folders([train])) == {("labels without an image", "warning"): 3}

@@ -71,7 +71,7 @@ class Split:
             np.concatenate(boxes).astype(np.float64) if boxes else np.zeros((0, 4)),
             np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, np.int64),
             np.concatenate(crowd).astype(np.bool_) if crowd else np.zeros(0, np.bool_),
-            whole.repairs if isinstance(whole, FileDataset) else Repairs(),
+            _repairs(dataset, whole, chosen),
         )
 
     @property
@@ -103,6 +103,13 @@ class Split:
 
 def read_splits(train: DetectionDataset, val: DetectionDataset) -> list[Split]:
     return [Split.of("train", train), Split.of("val", val)]
+
+
+def _repairs(dataset: DetectionDataset, whole: DetectionDataset, chosen: range | list[int]) -> Repairs:
+    """Of a part of a data set those of its images; of a whole one also those of images that were left out as empty."""
+    if not isinstance(whole, FileDataset):
+        return Repairs()
+    return whole.repairs if dataset is whole else Repairs.of(whole.records[index] for index in chosen)
 
 
 def annotations_at_hand(dataset: DetectionDataset) -> bool:

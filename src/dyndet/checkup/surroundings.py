@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from dyndet.checkup.finding import Finding, Place, first_few, many
 from dyndet.checkup.split import Split
-from dyndet.data.images import SUFFIXES
+from dyndet.data.images import SUFFIXES, image_size
+from dyndet.errors import DataError
 
 _TWINS = {"images": ("labels",), "JPEGImages": ("Annotations",)}
 _LABELS = (".txt", ".xml")
@@ -47,6 +50,26 @@ def check_folders(splits: Sequence[Split]) -> list[Finding]:
     return findings
 
 
+def unreadable_files(root: Path, most: int = 20_000) -> list[Finding]:
+    """Images below a folder that cannot be opened: where the labels cannot be read, these may be why.
+
+    Args:
+        root: the folder of a data set.
+        most: files that are looked at.
+    """
+    images = (path for folder, _, names in os.walk(root) for path in (Path(folder, name) for name in sorted(names)))
+    bad: list[Place] = []
+    for path in islice((path for path in images if path.suffix.lower() in SUFFIXES and path.name[0] != "."), most):
+        try:
+            image_size(path)
+        except DataError as error:
+            bad.append(Place("", None, str(error)))
+    if not bad:
+        return []
+    text = f"{many(len(bad), 'image file')} below {root} that cannot be opened"
+    return [Finding("unreadable images", "error", text, len(bad), "replace or remove them", first_few(bad))]
+
+
 def missing_files(splits: Sequence[Split]) -> list[Finding]:
     """Images that are listed but are not there."""
     gone = [
@@ -62,14 +85,19 @@ def missing_files(splits: Sequence[Split]) -> list[Finding]:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    return (path for path in _listed(folder) if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What lies in a folder, which labels may name without its being there."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _lonely(folder: Path) -> Iterator[Path]:
     """Label files for a folder of images whose image is not there."""
     stems = {path.stem for path in _images(folder)}
     for place in [folder, *_label_folders(folder)]:
-        labels = (path for path in sorted(place.iterdir()) if path.suffix in _LABELS and path.name[0] != ".")
+        labels = (path for path in _listed(place) if path.suffix in _LABELS and path.name[0] != ".")
         yield from (path for path in labels if path.stem not in stems and path.stem.lower() not in _NO_LABELS)
 
 

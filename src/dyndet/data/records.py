@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Record:
         truth: the objects as annotated, those included that are not fit for training; None before `repaired`.
         header: of the image file, where it has been read.
         sized: whether the annotations say for which size they are.
+        mended: kind and place of every box that `repaired` counted.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Record:
     truth: Truth | None = None
     header: Header | None = None
     sized: bool = True
+    mended: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(
@@ -122,15 +124,17 @@ class Record:
             }
         keep = np.ones(len(boxes), np.bool_)
         pending = keep.copy()
+        mended: list[tuple[str, str]] = []
         for kind, found in problems.items():
             for index in np.flatnonzero(found & pending):
-                repairs.add(kind, name(int(index)))
+                mended.append((kind, name(int(index))))
+                repairs.add(*mended[-1])
             pending &= ~found
             if kind not in _KEPT:
                 keep &= ~found
         if problems["non-finite"].any():  # which nothing can be compared with
             truth = truth[~problems["non-finite"]]
-        record = replace(self, boxes=clipped, truth=truth)
+        record = replace(self, boxes=clipped, truth=truth, mended=tuple(mended))
         return record if keep.all() else record._selected(keep)
 
     def _as_annotated(self) -> Truth:
@@ -175,6 +179,15 @@ class Repairs:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Repairs:
+        """What was mended in these records alone."""
+        repairs = cls()
+        for record in records:
+            for kind, where in record.mended:
+                repairs.add(kind, where)
+        return repairs
 
     def add(self, kind: str, where: str) -> None:
         self.counts[kind] += 1

@@ -93,7 +93,8 @@ def _paths(item: str, skip: str | None, *, named: bool, lists: bool = True) -> I
         return _listed(path, skip) if path.suffix.lower() == ".txt" and lists else [path]
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 - absolute globs too
     if found:
-        return [file for file in found if file.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES]
+        readable = [file for file in found if file.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES]
+        return [file for file in readable if skip is None or not Path(os.path.realpath(file)).is_relative_to(skip)]
     return [path] if named else []
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
@@ -54,7 +55,7 @@ class ImageFacts:
         entry = {"id": target.image_id, "height": height, "width": width, "file_name": Path(path).name, "path": place}
         self.images.append(entry)
         truth = truth_of(target, size)
-        areas = truth.boxes[:, 2:].prod(1) if truth.area is None else truth.area
+        areas = np.abs(truth.boxes[:, 2:].prod(1)) if truth.area is None else truth.area
         columns = (truth.boxes.tolist(), areas.tolist(), truth.labels.tolist(), truth.crowd.tolist())
         for box, area, label, many in zip(*columns, strict=True):
             row = {"image_id": target.image_id, "category_id": categories[label].id}

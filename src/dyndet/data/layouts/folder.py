@@ -14,7 +14,7 @@ from dyndet.data.layouts.holdout import held_out
 from dyndet.data.layouts.tree import Tree
 from dyndet.data.layouts.voc_layout import recognise_voc
 from dyndet.data.layouts.yolo_layout import recognise_yolo
-from dyndet.data.records import FileDataset
+from dyndet.data.records import FileDataset, Repairs
 from dyndet.errors import DataError, MissingDataError, UserError
 
 _RECOGNISERS = {"coco": recognise_coco, "yolo": recognise_yolo, "voc": recognise_voc}
@@ -150,6 +150,7 @@ class DataFolder:
         part = copy.copy(self._pool)
         part.records = [record for record in chosen if not (skip_empty and record.is_empty)]
         part.sizes = [record.size for record in part.records]
+        part.repairs = Repairs.of(chosen)
         part.load_masks = load_masks
         if not part.records:
             raise DataError(f"{self.root} has no images with boxes to train on: set data.skip_empty=false")
