@@ -11,9 +11,9 @@ from dyndet import __version__
 COMMANDS = {
     "train": "trains a detector, validates it, and shows where its compute went",
     "evaluate": "AP and executed compute of a checkpoint, on its own data or yours",
-    "predict": "what a checkpoint finds in images, as pictures and json",
+    "predict": "what a checkpoint finds in images and videos, as pictures and files",
     "calibrate": "measures the speeds of a dynamic detector and keeps them in its checkpoint",
-    "report": "a table of runs, and accuracy against compute as a picture",
+    "report": "a table of runs, and a page of their curves, errors and pictures",
     "convert": "turns a checkpoint that another project released into one of dyndet",
     "doctor": "looks for what is wrong with a data set, before training finds out",
 }
@@ -38,7 +38,7 @@ _EXAMPLES = {
         "dyndet convert source=released.pth out=converted.ckpt",
         "dyndet convert source=released.pth out=converted.ckpt experiment=retinanet_r50",
     ],
-    "doctor": ["dyndet doctor data=coco data.root=FOLDER"],
+    "doctor": ["dyndet doctor +experiment=finetune data=auto data.root=FOLDER"],
 }
 
 _TRAIN = """\
@@ -47,7 +47,7 @@ usage: dyndet train [key=value ...]
 Trains, validates, and shows where compute went. Without arguments: generated shapes, minutes on a CPU.
 
 What people set:
-  data=coco data.root=FOLDER        the data, one of {data}, and where it lies
+  data=auto data.root=FOLDER        the data, one of {data}, and where it lies
   +experiment=fcos_d8_dyn           a whole recipe, published or small; what else is set changes it
   head=fine_grained_small           plain heads, heads with gates, dynamic heads
   backbone=resnet50                 what turns pixels into features
@@ -63,7 +63,7 @@ What people set:
 
 Examples:
   dyndet train
-  dyndet train data=coco data.root=FOLDER trainer.max_epochs=20
+  dyndet train +experiment=finetune data=auto data.root=FOLDER
   dyndet train +experiment=fcos_d8_dyn data.root=/data/coco trainer.devices=8 data.batch_size=2
   dyndet train -m budget.weight=0,0.1,0.4 seed=0,1     a sweep: a job per combination; jobs done are not repeated
 
@@ -88,7 +88,7 @@ def overview(available: Sequence[str]) -> str:
     """
     lines = [f"  {name:<10} {COMMANDS[name]}" for name in available]
     examples = [
-        "dyndet train data=coco data.root=FOLDER",
+        "dyndet train +experiment=finetune data=auto data.root=FOLDER",
         "dyndet predict ckpt=outputs/NAME/DATE/checkpoints/best.ckpt source=photos",
         "dyndet report runs=outputs",
     ]
