@@ -50,11 +50,11 @@ def test_files_that_a_page_links_to_exist(page: Path) -> None:
 
 
 COMPOSED = [
-    ("train", "+experiment=finetune", "data=auto"), ("doctor", "data=coco"), ("train", "optim=sgd"),
+    ("doctor", "+experiment=finetune", "optim=sgd", "head=fine_grained_small"),
     ("evaluate", "ckpt=x"), ("predict", "ckpt=x", "source=x"), ("calibrate", "ckpt=x"), ("report", "runs=x"),
     ("train", "callbacks=[default,ema]", "logger=[csv,wandb]", "neck=bifpn", "head=dyhead_fine_grained_small"),
     ("train", "+experiment=dy_yolov7", "+router=yolo"), ("train", "+experiment=shapes_mask_rcnn", "data=yolo"),
-    ("train", "+experiment=bccd_atss", "head=dyhead_towers_small"), ("train", "+experiment=fcos_d8_dyn"),
+    ("train", "+experiment=bccd_atss", "head=dyhead_towers_small"),
     ("train", "data=voc", "predictor=retinanet_small", "head=plain_small"),
     ("train", "backbone=vit_small", "neck=simple_pyramid", "head=dyhead_small"),
 ]  # fmt: skip
