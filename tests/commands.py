@@ -11,6 +11,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+
 import dyndet.convert.__main__
 import dyndet.doctor
 import dyndet.evaluate
@@ -37,6 +39,8 @@ def forked(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProc
             os.environ.update(ENVIRONMENT)
             sys.argv = [f"dyndet.{name}", *arguments]
             warnings.filterwarnings("ignore", message=".*found in sys.modules")
+            warnings.filterwarnings("ignore", message=".*thread-pool after fork")
+            torch.set_num_threads(1)  # renews torch's pool of threads here: two threads at once would break it
             with redirect_stdout(out), redirect_stderr(err):
                 runpy.run_module(f"dyndet.{name}", run_name="__main__", alter_sys=True)
 

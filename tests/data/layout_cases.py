@@ -437,7 +437,7 @@ def table(folder: Path) -> str:
 HEAD = """\
 # Layouts of data sets
 
-`python -m dyndet.train data=auto data.root=FOLDER` recognises the folders below. Written by
+`dyndet train data=auto data.root=FOLDER` recognises the folders below. Written by
 `python tests/data/layout_cases.py`: the same images and boxes in every layout, read by what `data=auto` uses. "Made
 here": the folder has no validation split, so a fixed fifth of the images validates (`data.val_share`).
 

@@ -6,7 +6,8 @@ checked. Otherwise the first word is one of
     <!-- test: run KEY=VALUE calibrate: KEY=VALUE -->   run for real, these added to `train` and to `calibrate`
     <!-- test: slow ... -->                             the same, among the slow tests
     <!-- test: skip REASON -->                          needs GPUs, downloads or a cluster: composed
-    <!-- test: pending ... -->                          of a part that is not there yet; what follows is as above
+    <!-- test: pending ... -->                          of a part that is not there yet; what follows is as above;
+                                                        no page may be left so, see `PENDING_ALLOWED`
 """
 
 from __future__ import annotations
@@ -161,7 +162,10 @@ def check_line(words: list[str]) -> None:
 
 def check_call(name: str, arguments: list[str]) -> None:
     assert name in COMMANDS, f"there is no command {name!r}"
-    words = [word for word in arguments if word not in FLAGS and not word.startswith("hydra.")]
+    words = [word for word in arguments if word not in FLAGS and not word.startswith(("hydra.", "+sweep="))]
+    for word in {*arguments} - {*words}:  # sweepers are extras, which need not be here
+        kind, _, option = word.partition("=")
+        assert kind != "+sweep" or (ROOT / "conf" / "sweep" / f"{option}.yaml").is_file(), f"there is no {word}"
     for job in sweep(words) if {"-m", "--multirun"} & {*arguments} else [words]:
         check_job(name, tuple(job))
 
@@ -171,7 +175,7 @@ def check_job(name: str, job: tuple[str, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # of names that were given up
         config = compose_command(name, job)
-    if name == "train" and config.data.num_classes is None:  # the data says it
+    if name in ("train", "doctor") and config.data.num_classes is None:  # the data says it
         config.data.num_classes = 80
     for part in (config.get(part) for part in PARTS):
         if OmegaConf.is_config(part):

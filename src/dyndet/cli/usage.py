@@ -11,9 +11,9 @@ from dyndet import __version__
 COMMANDS = {
     "train": "trains a detector, validates it, and shows where its compute went",
     "evaluate": "AP and executed compute of a checkpoint, on its own data or yours",
-    "predict": "what a checkpoint finds in images, as pictures and json",
+    "predict": "what a checkpoint finds in images and videos, as pictures and files",
     "calibrate": "measures the speeds of a dynamic detector and keeps them in its checkpoint",
-    "report": "a table of runs, and accuracy against compute as a picture",
+    "report": "a table of runs, and a page of their curves, errors and pictures",
     "convert": "turns a checkpoint that another project released into one of dyndet",
     "doctor": "looks for what is wrong with a data set, before training finds out",
 }
@@ -38,10 +38,7 @@ _EXAMPLES = {
         "dyndet convert source=released.pth out=converted.ckpt",
         "dyndet convert source=released.pth out=converted.ckpt experiment=retinanet_r50",
     ],
-    "doctor": [
-        "dyndet doctor data=auto data.root=FOLDER",
-        "dyndet doctor +experiment=finetune data.root=FOLDER images=500",
-    ],
+    "doctor": ["dyndet doctor +experiment=finetune data=auto data.root=FOLDER"],
 }
 
 _TRAIN = """\
@@ -66,7 +63,7 @@ What people set:
 
 Examples:
   dyndet train
-  dyndet train +experiment=finetune data.root=FOLDER data.size=640
+  dyndet train +experiment=finetune data=auto data.root=FOLDER
   dyndet train +experiment=fcos_d8_dyn data.root=/data/coco trainer.devices=8 data.batch_size=2
   dyndet train -m budget.weight=0,0.1,0.4 seed=0,1     a sweep: a job per combination; jobs done are not repeated
 
@@ -91,7 +88,7 @@ def overview(available: Sequence[str]) -> str:
     """
     lines = [f"  {name:<10} {COMMANDS[name]}" for name in available]
     examples = [
-        "dyndet train +experiment=finetune data.root=FOLDER",
+        "dyndet train +experiment=finetune data=auto data.root=FOLDER",
         "dyndet predict ckpt=outputs/NAME/DATE/checkpoints/best.ckpt source=photos",
         "dyndet report runs=outputs",
     ]
