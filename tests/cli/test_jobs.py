@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from commands import forked
 from dyndet.cli.folders import claim, resumed_run, run_folder
-from dyndet.cli.jobs import close_sweep, fingerprint, run_job
+from dyndet.cli.jobs import close_sweep, fingerprint, job_files, run_job
 from dyndet.errors import UserError
 
 TINY = [
@@ -30,18 +30,18 @@ def config_of(**keys: Any) -> DictConfig:
     )
 
 
-def run(folder: Path, config: DictConfig, outcome: dict[str, float] | Exception) -> tuple[Any, int]:
+def run(folder: Path, config: DictConfig, outcome: dict[str, float] | BaseException) -> tuple[Any, int]:
     """What the job gave, and how often its task ran."""
     ran = []
 
     def task(config: DictConfig) -> dict[str, float]:
         ran.append(config)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
     explain = lambda error: str(error) if isinstance(error, UserError) else None  # noqa: E731
-    return run_job(task, config, folder, [f"lr={config.lr}"], explain), len(ran)
+    return run_job(task, config, folder, folder.parent, [f"lr={config.lr}"], explain), len(ran)
 
 
 def status(folder: Path) -> str:
@@ -88,14 +88,66 @@ def test_what_a_sweeper_gets(tmp_path: Path) -> None:
         0
     ] == pytest.approx((math.nan,) * 2, nan_ok=True)
     value, _ = run(tmp_path / "s" / "3", config_of(objective="val/ap", lr=6), metrics)
-    assert math.isnan(value)
-    assert "objective=val/ap: no such number" in json.loads((tmp_path / "s" / "3" / "job.json").read_text())["error"]
+    job = json.loads((tmp_path / "s" / "3" / "job.json").read_text())
+    assert math.isnan(value) and job["status"] == "done" and job["metrics"] == metrics  # what was trained is kept
+    assert "objective=val/ap: no such number" in job["error"]
+    assert run(tmp_path / "s" / "4", config_of(objective="val/AP", lr=6), {}) == (0.25, 0)
+    without = config_of(objective="val/AP", lr=7)
+    for ran in (1, 0):  # no objects, no number: known, but not a number
+        value, times = run(tmp_path / "s" / "5", without, {"val/AP": math.nan})
+        assert math.isnan(value) and times == ran and "error" not in json.loads((tmp_path / "s/5/job.json").read_text())
+    value, times = run(tmp_path / "s" / "6", config_of(objective=3, lr=8), metrics)
+    assert math.isnan(value) and times == 0
 
 
 def test_a_fingerprint_is_of_what_is_computed() -> None:
     same = fingerprint(config_of(), "train")
     assert fingerprint(config_of(again=True, objective="val/AP", output_dir="elsewhere"), "train") == same
     assert len({same, fingerprint(config_of(lr=2), "train"), fingerprint(config_of(), "evaluate")}) == 3
+
+
+@pytest.mark.parametrize("name", ["start.ckpt", "data/labels/a.txt"])
+def test_a_job_is_another_when_what_it_names_was_changed(tmp_path: Path, name: str) -> None:
+    config = config_of(init=str(tmp_path / "start.ckpt"), data={"root": str(tmp_path / "data")})
+    marks = [fingerprint(config, "train")]  # nothing is there yet
+    for content in ("one", "another"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+        marks.append(fingerprint(config, "train"))
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "a.jpg").touch()
+    assert len(set(marks)) == 3 and fingerprint(config, "train") == marks[2]
+
+
+def test_jobs_that_end_with_a_code_stop_no_other(tmp_path: Path) -> None:
+    assert run(tmp_path / "s" / "0", config_of(), SystemExit(1)) == (None, 1)
+    assert status(tmp_path / "s" / "0") == "failed"
+    with pytest.raises(SystemExit):
+        run(tmp_path / "s" / "1", config_of(), SystemExit(143))
+
+
+def test_a_sweep_is_closed_by_its_own_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder that is used again, whatever the depth at which jobs lie."""
+    sweep = tmp_path / "s"
+    with pytest.raises(SystemExit):
+        close_sweep(sweep)
+    run(sweep / "a" / "0", config_of(), UserError("too much"))
+    run(sweep / "a" / "1", config_of(lr=2), {"val/AP": 0.5})
+    with pytest.raises(SystemExit):
+        close_sweep(sweep, repeats=True)
+    assert "a/0: too much" in (printed := capsys.readouterr().out) and "the same command runs these again" in printed
+    before = job_files(sweep)
+    run(sweep / "a" / "1", config_of(lr=2), {})  # skipped, and of this sweep
+    close_sweep(sweep, stale=before)
+    assert "a/0" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_folders_that_refer_to_the_job(tmp_path: Path) -> None:
+    subdir = "hydra.sweep.subdir='s/${hydra.job.num}_${hydra.job.override_dirname}'"
+    result = forked(tmp_path, "report", "-m", "runs=a,b", "out=x_${y}", subdir)
+    assert result.returncode == 1 and "2 of 2 jobs failed" in result.stdout, result.stderr
+    assert "a is not a folder" in result.stdout and "Warning" not in result.stderr
 
 
 def test_no_two_runs_have_one_folder(tmp_path: Path) -> None:
@@ -120,6 +172,10 @@ def test_a_resumed_run_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
     assert run_folder("x", "now", "last") == str(Path("outputs/x/then"))
     assert resumed_run("y", "outputs/x/then/checkpoints/last.ckpt") == Path("outputs/x/then")
     assert resumed_run("y", "weights.ckpt") is None
+    assert resumed_run("y", "nowhere/run/checkpoints/last.ckpt") is None
+    Path("outputs/a[b]/then/checkpoints").mkdir(parents=True)
+    Path("outputs/a[b]/then/checkpoints/last.ckpt").touch()
+    assert resumed_run("a[b]", "last") == Path("outputs/a[b]/then")
 
 
 @pytest.mark.slow

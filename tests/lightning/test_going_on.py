@@ -203,6 +203,20 @@ def test_a_time_limit_ends_where_it_is_reached_and_the_run_goes_on_exactly(
     assert same_weights(whole, tmp_path / "on")
 
 
+def test_a_run_without_an_end_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    clock = count()
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run(tmp_path, "trainer.max_epochs=-1", "time_limit=3s")
+    assert not [item for item in recwarn if "does not fit" in str(item.message)]
+    run(tmp_path / "on", "trainer.max_epochs=-1", "time_limit=2s", last(tmp_path))
+    after = content(tmp_path / "on")
+    assert after["global_step"] == after["lr_schedulers"][0]["last_epoch"] == 5
+    rate = 2e-3 * (0.001 + 0.999 * 5 / 100)  # of a warm-up of 100 steps
+    assert after["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(rate)
+
+
 @pytest.mark.parametrize(("batch", "when", "window"), [(6, "backward", 4), (5, "end", 2)])
 def test_lost_gradients_are_computed_again(tmp_path: Path, batch: int, when: str, window: int) -> None:
     """Amid a backward pass they are no batch's, and with another window they are not wanted."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyndet.checkpoints.changes import check_categories, check_changes
 from dyndet.checkpoints.trusted import check_stored
-from dyndet.cli.folders import latest_run
+from dyndet.cli.latest import latest_run
 from dyndet.cli.renamed import replacement
 from dyndet.errors import UserError, reason
 from dyndet.structures import Category

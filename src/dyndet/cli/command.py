@@ -26,7 +26,7 @@ from dyndet.cli.compose import check_choices, config_source, explain
 from dyndet.cli.configured import about_a_value, check_ranges
 from dyndet.cli.folders import run_folder
 from dyndet.cli.jobs import run_job
-from dyndet.cli.quoting import check_single, expand_home, flags_and_overrides, read_paths
+from dyndet.cli.quoting import check_single, expand_home, flags_and_overrides, raw, read_paths
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
 from dyndet.errors import UserError
@@ -80,7 +80,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         check_single(config)
         _require_all(config)
         check_ranges(config)
-        check_choices(config, HydraConfig.get().overrides.task)
+        check_choices(config, raw(HydraConfig.get().overrides.task))
         return task(config)
 
     @functools.wraps(task)
@@ -88,7 +88,8 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         running = HydraConfig.get()
         if running.mode == RunMode.MULTIRUN:
             with _standing_alone(running):
-                return run_job(checked, config, Path(running.runtime.output_dir), list(running.overrides.task), answer)
+                folder, sweep = Path(running.runtime.output_dir), Path(running.runtime.cwd, running.sweep.dir)
+                return run_job(checked, config, folder, sweep, raw(running.overrides.task), answer)
         try:
             return checked(config)
         except Exception as error:  # here, because Hydra would announce it with a line of its own
@@ -140,8 +141,8 @@ def _standing_alone(running: Any) -> Iterator[None]:
     """Keeps a sweep's jobs apart: further processes of a job run this job alone, and none outlives it."""
     arguments = sys.argv[1:]
     flags = [flag for flag in flags_and_overrides(arguments)[0] if flag not in ("-m", "--multirun")]
-    hydras = [item for item in running.overrides.hydra if not item.lstrip("+").startswith(_OF_SWEEPS)]
-    sys.argv[1:] = [*flags, *hydras, *running.overrides.task]
+    hydras = [item for item in raw(running.overrides.hydra) if not item.lstrip("+").startswith(_OF_SWEEPS)]
+    sys.argv[1:] = [*flags, *hydras, *raw(running.overrides.task)]
     with read_write(running):
         running.run.dir = running.runtime.output_dir
     environment = dict(os.environ)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +15,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
-from dyndet.cli.jobs import close_sweep
-from dyndet.cli.quoting import quote
+from dyndet.cli.jobs import close_sweep, job_files
+from dyndet.cli.latest import latest_run
+from dyndet.cli.quoting import quote, raw
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning looks for them
-
-
-def latest_run(name: str, root: str = "outputs") -> Path | None:
-    """Folder of the newest run of an experiment that has a last checkpoint."""
-    found = sorted(Path(root).glob(f"{name}/*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent.parent if found else None
 
 
 def resumed_run(name: str, ckpt_path: str | None) -> Path | None:
     """Folder of the run that `ckpt_path` goes on with; None where a new one begins."""
     if ckpt_path == "last":
         return latest_run(name)
-    if ckpt_path and Path(ckpt_path).parent.name == "checkpoints":
-        return Path(ckpt_path).expanduser().parent.parent
-    return None
+    path = Path(ckpt_path or "").expanduser()
+    return path.parent.parent if path.parent.name == "checkpoints" and path.is_file() else None
 
 
 def run_folder(name: str, now: str, ckpt_path: str | None) -> str:
@@ -54,6 +51,9 @@ def claim(folder: Path) -> Path:
 class OwnFolders(Callback):
     """Hydra's callback that claims the folder of a run or of a sweep, and closes a sweep with a table of its jobs."""
 
+    def __init__(self) -> None:
+        self._stale: dict[Path, int] = {}
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         settings = config.hydra
         if _chosen("hydra.run.dir", settings):  # by the user, or by the process that this one joins
@@ -67,28 +67,42 @@ class OwnFolders(Callback):
                 settings.run.dir = str(claim(Path(settings.run.dir)))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        settings = config.hydra
-        if _chosen("hydra.sweep.dir", settings):
-            return
-        folder = Path(settings.sweep.dir)
-        if label := _swept_names(settings):
-            folder = folder.parents[1] / label / folder.name
-        with read_write(settings):
-            settings.sweep.dir = str(claim(folder))
-            # Jobs are composed anew, where the name may be another: all lie in this folder all the same.
-            settings.overrides.hydra.append(f"hydra.sweep.dir={quote(settings.sweep.dir)}")
+        with _loud():
+            settings = config.hydra
+            if not _chosen("hydra.sweep.dir", settings):
+                folder = Path(settings.sweep.dir)
+                if label := _swept_names(settings):
+                    folder = folder.parents[1] / label / folder.name
+                with read_write(settings):
+                    settings.sweep.dir = str(claim(folder))
+                    # Jobs are composed anew, where the name may be another: all lie in this folder all the same.
+                    settings.overrides.hydra.append(f"hydra.sweep.dir={quote(settings.sweep.dir)}")
+            self._stale = job_files(Path(settings.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        close_sweep(Path(config.hydra.sweep.dir))
+        with _loud():
+            close_sweep(Path(config.hydra.sweep.dir), stale=self._stale, repeats=config.get("again") is False)
+
+
+@contextmanager
+def _loud() -> Iterator[None]:
+    """Hydra makes warnings of its callbacks' errors, and goes on."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(f"error: {type(error).__name__}: {error}") from error
 
 
 def _chosen(key: str, settings: DictConfig) -> bool:
-    return any(item.partition("=")[0].lstrip("+") == key for item in settings.overrides.hydra)
+    return any(item.partition("=")[0].lstrip("+") == key for item in raw(settings.overrides.hydra))
 
 
 def _swept_names(settings: DictConfig) -> str | None:
-    """Experiments or names that a sweep goes through, "a+b"; None where it goes through other keys."""
-    overrides = OverridesParser.create().parse_overrides(list(settings.overrides.task))
+    """Experiments or names that a sweep of runs goes through, "a+b"; None where it goes through other keys."""
+    if settings.job.get("config_name") != "train":
+        return None
+    overrides = OverridesParser.create().parse_overrides(raw(settings.overrides.task))
     for key in ("name", "experiment"):
         for override in overrides:
             if override.key_or_group == key and override.is_sweep_override() and override.is_discrete_sweep():

@@ -32,6 +32,11 @@ def quote(text: str) -> str:
     return QuotedString(literal, Quote.single if '"' in literal and "'" not in literal else Quote.double).with_quotes()
 
 
+def raw(overrides: ListConfig) -> list[str]:
+    """Hydra's own list of overrides as they were given: what they refer to may not be known yet, or lie elsewhere."""
+    return [str(item) for item in OmegaConf.to_container(overrides, resolve=False)]  # pyright: ignore
+
+
 def flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Hydra's flags with their values, and the overrides: Hydra itself wants either in one piece."""
     flags, overrides = [], []

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.lightning.going_on import align_data, continue_optimizer, parameter_names
-from dyndet.lightning.optim import warmup_multistep
+from dyndet.lightning.optim import warmup
 from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
@@ -119,7 +119,7 @@ class DetectionModule(LightningModule):
             if math.isinf(total_steps):  # how long it lasts, a clock or a callback decides
                 rank_zero_warn("a run without trainer.max_epochs or trainer.max_steps has no schedule: its learning "
                                "rate stays the same after 100 steps of warm-up")  # fmt: skip
-                scheduler = warmup_multistep(optimizer, total_steps=0, milestones=[], warmup_steps=100)
+                scheduler = warmup(optimizer, steps=100)
             else:
                 total_steps = int(total_steps)
                 scheduler = self.build_schedule(optimizer, total_steps=total_steps)

@@ -91,7 +91,7 @@ def continue_optimizer(
         module: with its trainer.
         optimizer: new.
         scheduler: new, or None.
-        total_steps: of the run.
+        total_steps: of the run; infinite where only a clock or a callback ends it.
 
     Raises:
         UserError: if the state cannot be that of this optimizer, or the schedule is one of another library whose
@@ -110,7 +110,8 @@ def continue_optimizer(
         return
     if scheduler is not None and checkpoint["lr_schedulers"]:
         reached = checkpoint["lr_schedulers"][0]["last_epoch"]
-        step = min(_reached(checkpoint, module.trainer, reached), int(total_steps))
+        endless = math.isinf(total_steps)
+        step = reached if endless else min(_reached(checkpoint, module.trainer, reached), int(total_steps))
         if step != reached:
             rank_zero_info(
                 f"the schedule goes on at {step / total_steps:.0%} of the run: at step {step} of {int(total_steps)}, "

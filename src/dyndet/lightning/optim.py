@@ -99,15 +99,20 @@ def warmup_multistep(
     if min(milestones, default=1) <= 0:
         raise UserError(f"optim.schedule.milestones={list(milestones)}: give steps, or shares of the run above 0")
     drops = [_step(milestone, total_steps) for milestone in milestones]
-    warmup = warmup_steps if warmup_share is None else min(warmup_steps, int(warmup_share * total_steps))
-    _check_reached(total_steps, warmup, drops)
+    rise = warmup_steps if warmup_share is None else min(warmup_steps, int(warmup_share * total_steps))
+    _check_reached(total_steps, rise, drops)
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return warmup_factor + (1 - warmup_factor) * step / warmup
+        if step < rise:
+            return warmup_factor + (1 - warmup_factor) * step / rise
         return gamma ** sum(step >= drop for drop in drops)
 
     return LambdaLR(optimizer, factor)
+
+
+def warmup(optimizer: Optimizer, *, steps: int, start: float = 0.001) -> LRScheduler:
+    """From a share of the rate up to all of it, and nothing after: for runs whose end nobody knows."""
+    return LambdaLR(optimizer, lambda step: min(start + (1 - start) * step / steps, 1.0))
 
 
 def _step(milestone: float, total_steps: int) -> float:
