@@ -102,6 +102,8 @@ class DataFolder:
             raise UserError(f"{self.root} holds {kinds}: choose one by {keys} (or data={found[0].format})")
         if not found:
             raise MissingDataError(self._nothing(tree))
+        if wanted.classes is not None and found[0].format == "yolo":
+            raise UserError("data.classes chooses classes of COCO and VOC sets: YOLO's are those of its yaml")
         return found[0]
 
     def read(self, part: Literal["train", "val"], *, load_masks: bool = False, skip_empty: bool = False) -> FileDataset:

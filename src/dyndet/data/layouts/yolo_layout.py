@@ -36,8 +36,6 @@ def recognise_yolo(tree: Tree | None, wanted: Wanted) -> Found | None:
         UserError: if several yamls could describe it.
     """
     file = wanted.config or (None if tree is None else _configuration(tree))
-    if wanted.classes is not None:
-        raise UserError("data.classes chooses classes of COCO and VOC sets: YOLO's are those of its yaml")
     if file is not None:
         # A folder that was named comes first where the yaml was named, too.
         config = YoloConfig.read(file, tree.root if tree is not None and wanted.rooted else None)
