@@ -173,6 +173,12 @@ def coco_beside(root: Path) -> None:
     pictures(root, EVERY)
 
 
+def coco_cameras(root: Path) -> None:
+    coco(root / "labels.json", EVERY)
+    pictures(root / "left", EVERY[:5])
+    pictures(root / "right", EVERY[5:])
+
+
 def yolo_usual(root: Path) -> None:
     for split, indices in (("train", TRAIN), ("val", VAL)):
         pictures(root / "images" / split, indices)
@@ -245,6 +251,46 @@ def yolo_beside(root: Path) -> None:
     write(root / "classes.txt", "\n".join(CLASSES))
 
 
+def yolo_download(root: Path) -> None:
+    yolo_usual(root)
+    script = "".join(f"  line {number} of a script / that fetches the set\\n\n" for number in range(40))
+    write(root / "fruit.yaml", f"train: images/train\nval: images/val\nnc: '2'\n{NAMES}download: |\n{script}")
+    (root / "data.yaml").unlink()
+
+
+def yolo_poses(root: Path) -> None:
+    yolo_usual(root)
+    for file in root.glob("labels/*/*.txt"):
+        write(file, "".join(f"{line} 0.1 0.2 2 0.9 0.8 1\n" for line in file.read_text().splitlines()))
+    write(root / "data.yaml", f"train: images/train\nval: images/val\nkpt_shape: [2, 3]\n{NAMES}")
+
+
+def yolo_flat_labels(root: Path) -> None:
+    for split, indices in (("train", TRAIN), ("val", VAL)):
+        pictures(root / "images" / split, indices)
+        texts(root / "labels", indices)
+    write(root / "data.yaml", f"train: images/train\nval: images/val\n{NAMES}")
+
+
+def yolo_capital(root: Path) -> None:
+    pictures(root / "Images", EVERY)
+    texts(root / "Labels", EVERY)
+    write(root / "classes.txt", "\n".join(CLASSES))
+
+
+def yolo_jpegimages(root: Path) -> None:
+    pictures(root / "JPEGImages", EVERY)
+    texts(root / "labels", EVERY)
+    write(root / "classes.txt", "\n".join(CLASSES))
+
+
+def yolo_class_folders(root: Path) -> None:
+    for folder, indices in (("bus", EVERY[:3]), ("train", EVERY[3:6]), ("car", EVERY[6:])):
+        pictures(root / folder, indices)
+        texts(root / folder, indices)
+    write(root / "classes.txt", "\n".join(CLASSES))
+
+
 def yolo_darknet(root: Path) -> None:
     pictures(root / "obj_train_data", EVERY)
     texts(root / "obj_train_data", EVERY)
@@ -311,6 +357,21 @@ def voc_by_file_name(root: Path) -> None:
         voc(root / "xml" / f"{i}.xml", i, f"C:\\photos\\{stem(i)}.jpg")
 
 
+def voc_masks(root: Path) -> None:
+    pictures(root / "images", EVERY)
+    pages(root / "annotations" / "xmls", EVERY)
+    for i in EVERY:
+        image(root / "annotations" / "trimaps" / f"{stem(i)}.png")
+
+
+def voc_years(root: Path) -> None:
+    for year, train, val in (("VOC2007", TRAIN[:3], VAL[:2]), ("VOC2012", TRAIN[3:], VAL[2:])):
+        pictures(root / year / "JPEGImages", (*train, *val))
+        pages(root / year / "Annotations", (*train, *val))
+        for split, indices in (("train", train), ("val", val)):
+            write(root / year / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{stem(i)}\n" for i in indices))
+
+
 @dataclass(frozen=True)
 class Case:
     """A layout: how it is called, who writes it, what has to come out."""
@@ -334,6 +395,7 @@ CASES = [
     Case("Label Studio COCO (names of its server)", coco_uploads, "coco", False),
     Case("one json, one folder of images", coco_one, "coco", False),
     Case("json beside the images", coco_beside, "coco", False),
+    Case("one json, images in several folders", coco_cameras, "coco", False),
     Case("YOLO yaml, relative paths", yolo_usual, "yolo"),
     Case("Roboflow YOLO (`../train/images`)", yolo_roboflow, "yolo"),
     Case("YOLO yaml, several folders per split", yolo_several, "yolo"),
@@ -346,6 +408,12 @@ CASES = [
     Case("YOLO without a yaml, split first", yolo_split_first, "yolo"),
     Case("YOLO texts beside the images", yolo_beside, "yolo", False),
     Case("YOLO texts without class names", yolo_nameless, "yolo", False, ("0", "1")),
+    Case("YOLO yaml with a download script", yolo_download, "yolo"),
+    Case("YOLO yaml of poses", yolo_poses, "yolo"),
+    Case("YOLO yaml, labels in one folder", yolo_flat_labels, "yolo"),
+    Case("YOLO in `Images` and `Labels`", yolo_capital, "yolo", False),
+    Case("YOLO in `JPEGImages` and `labels`", yolo_jpegimages, "yolo", False),
+    Case("YOLO in folders of classes", yolo_class_folders, "yolo", False),
     Case("darknet (CVAT YOLO 1.1)", yolo_darknet, "yolo", False),
     Case("darknet lists without obj.data", yolo_darknet_lists, "yolo"),
     Case("VOC as published", voc_official, "voc"),
@@ -355,6 +423,8 @@ CASES = [
     Case("VOC xml beside the images", voc_flat, "voc", False),
     Case("Roboflow VOC", voc_roboflow, "voc"),
     Case("VOC in split folders", voc_split_folders, "voc"),
+    Case("VOC with masks (Oxford pets)", voc_masks, "voc", False),
+    Case("VOC2007 and VOC2012", voc_years, "voc"),
     Case("VOC xml that names its image", voc_by_file_name, "voc", False),
 ]
 
@@ -439,7 +509,7 @@ HEAD = """\
 
 `dyndet train data=auto data.root=FOLDER` recognises the folders below. Written by
 `python tests/data/layout_cases.py`: the same images and boxes in every layout, read by what `data=auto` uses. "Made
-here": the folder has no validation split, so a fixed fifth of the images validates (`data.val_share`).
+here": the folder has no validation split, so a fifth of the images validates, by their names (`data.val_share`).
 
 | layout | files | recognised as | format | classes | splits | boxes equal |
 | --- | --- | --- | --- | --- | --- | --- |"""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
+from typing import Literal
 
 import layout_cases as cases
 import pytest
@@ -228,3 +230,150 @@ def test_categories_of_all_splits_agree(tmp_path: Path, caplog: pytest.LogCaptur
     assert [[item.name for item in part.categories] for part in parts] == [["apple", "pear", "quince"]] * 2
     ids = [record.image_id for part in parts for record in part.records]
     assert len(set(ids)) == len(ids)
+
+
+def paths_of(folder: DataFolder, part: Literal["train", "val"]) -> list[str]:
+    root = folder.root
+    assert root is not None
+    return [record.path.relative_to(root).as_posix() for record in folder.read(part).records]
+
+
+@pytest.mark.parametrize("folders", [("annotations/{}", "images/{}"), ("Data/{}/xml", "Data/{}/jpg"), ("{}/a", "{}/b")])
+def test_images_of_one_name_stay_in_their_split(folders: tuple[str, str], tmp_path: Path) -> None:
+    for split, count in (("train", 5), ("val", 2)):
+        cases.pages(tmp_path / folders[0].format(split), range(count))
+        cases.pictures(tmp_path / folders[1].format(split), range(count))
+    for split, count in (("train", 5), ("val", 2)):
+        expected = [f"{folders[1].format(split)}/{cases.stem(index)}.jpg" for index in range(count)]
+        assert paths_of(DataFolder(tmp_path), split) == expected  # type: ignore[arg-type]
+    (tmp_path / folders[1].format("val") / f"{cases.stem(1)}.jpg").unlink()
+    with pytest.raises(DataError, match=r"shot01\.xml has no image"):
+        DataFolder(tmp_path).read("val")
+
+
+def test_lists_of_voc_name_folders(tmp_path: Path) -> None:
+    for camera in ("a", "b"):
+        cases.pictures(tmp_path / "JPEGImages" / camera, range(3))
+        cases.pages(tmp_path / "Annotations" / camera, range(3))
+    sets = tmp_path / "ImageSets" / "Main"
+    cases.write(sets / "train.txt", "a/shot00\na/shot01\na/shot02\n")
+    cases.write(sets / "val.txt", "b/shot00\nJPEGImages/b/shot01.jpg\n")
+    assert paths_of(DataFolder(tmp_path), "val") == ["JPEGImages/b/shot00.jpg", "JPEGImages/b/shot01.jpg"]
+    cases.write(sets / "val.txt", "shot02\n")
+    with pytest.raises(
+        DataError, match=r"'shot02', which could be .*a/shot02\.xml or .*b/shot02\.xml: write its folder"
+    ):
+        DataFolder(tmp_path).read("val")
+
+
+def test_photos_are_told_from_copies_of_another_kind(tmp_path: Path) -> None:
+    cases.pages(tmp_path / "xml", range(4))
+    for name in ("Photos", "Depth"):
+        cases.pictures(tmp_path / name, range(4))
+    assert {path.split("/")[0] for path in paths_of(DataFolder(tmp_path), "train")} == {"Photos"}
+    cases.pictures(tmp_path / "Others", range(4))
+    with pytest.raises(DataError, match=r"in Others/ or Photos/: say which folder by data\.train_images=FOLDER"):
+        DataFolder(tmp_path).read("train")
+    folder = DataFolder(tmp_path, train_images=tmp_path / "Others", format="voc")
+    assert {path.split("/")[0] for path in paths_of(folder, "train")} == {"Others"}
+
+
+def test_a_missing_image_does_not_change_the_folder(tmp_path: Path) -> None:
+    cases.coco(tmp_path / "set.json", range(10), lambda i: f"cam{i // 5}/{i % 5}.jpg")
+    for index in range(9):
+        cases.image(tmp_path / f"cam{index // 5}" / f"{index % 5}.jpg")
+    folder = DataFolder(tmp_path, train_split="all", val_split="all")
+    assert paths_of(folder, "train") == [f"cam{index // 5}/{index % 5}.jpg" for index in range(10)]
+    for index in (5, 6, 7):
+        (tmp_path / "cam1" / f"{index % 5}.jpg").unlink()
+    with pytest.raises(DataError, match=r"4 of its 10 images are missing, e\.g\. 'cam1/0\.jpg'"):
+        DataFolder(tmp_path).read("train")
+
+
+def test_images_of_another_split_are_never_read(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        cases.coco(tmp_path / f"{split}.json", range(5))
+    cases.pictures(tmp_path / "images" / "train", range(5))
+    with pytest.raises(DataError, match=r"val\.json names images such as .*data\.val_images"):
+        DataFolder(tmp_path).read("val")
+
+
+def test_most_of_validation_in_training_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cases.coco(tmp_path / "train.json", range(6))
+    cases.coco(tmp_path / "val.json", range(3, 9))
+    cases.pictures(tmp_path / "images", range(9))
+    DataFolder(tmp_path).read("val")
+    assert len({*paths_of(DataFolder(tmp_path), "train")}) == 6
+    folder = DataFolder(tmp_path)
+    assert [len(folder.read(part).records) for part in ("train", "val")] == [6, 6]  # a half may be
+    cases.coco(tmp_path / "val.json", range(2, 7))
+    folder = DataFolder(tmp_path)
+    folder.read("train")
+    with pytest.raises(UserError, match=r"4 of 5 validation images are training images \(train\.json and val\.json\)"):
+        folder.read("val")
+    cases.yolo_usual(tmp_path / "coco128")
+    cases.write(tmp_path / "coco128" / "data.yaml", f"train: images/train\nval: images/train\n{cases.NAMES}")
+    folder = DataFolder(tmp_path / "coco128")
+    assert len(folder.read("train").records) == len(folder.read("val").records) == 6
+    assert "6 of 6 validation images are training images" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["trainval", "annotations"])
+def test_what_is_no_split_trains_beside_others(name: str, tmp_path: Path) -> None:
+    cases.coco(tmp_path / f"{name}.json", range(6))
+    cases.coco(tmp_path / "val.json", range(6, 9))
+    cases.pictures(tmp_path / "images", range(9))
+    folder = DataFolder(tmp_path)
+    assert [cases.indices_of(folder.read(part)) for part in ("train", "val")] == [set(range(6)), {6, 7, 8}]
+    (tmp_path / "val.json").rename(tmp_path / "test.json")
+    for split in ("train", "trainval"):
+        folder = DataFolder(tmp_path, train_split=split, val_split="test")
+        assert [cases.indices_of(folder.read(part)) for part in ("train", "val")] == [set(range(6)), {6, 7, 8}]
+    folder = DataFolder(tmp_path)
+    assert cases.indices_of(folder.read("train")) | cases.indices_of(folder.read("val")) == set(range(6))
+
+
+def test_voc_trainval_is_called_by_its_name(tmp_path: Path) -> None:
+    cases.pictures(tmp_path / "JPEGImages", range(6))
+    cases.pages(tmp_path / "Annotations", range(6))
+    for split, indices in (("trainval", range(4)), ("test", (4, 5))):
+        cases.write(tmp_path / f"ImageSets/Main/{split}.txt", "".join(f"{cases.stem(i)}\n" for i in indices))
+    folder = DataFolder(tmp_path, train_split="trainval", val_split="test")
+    assert [cases.indices_of(folder.read(part)) for part in ("train", "val")] == [{0, 1, 2, 3}, {4, 5}]
+
+
+def test_classes_kept_do_not_change_who_validates(tmp_path: Path) -> None:
+    cases.coco_one(tmp_path)
+    sides = [cases.indices_of(DataFolder(tmp_path, classes=classes).read("val")) for classes in (None, ["pear"])]
+    assert sides[0] == sides[1]
+
+
+@pytest.mark.parametrize("order", [("apple\npear\n", "pear\napple\n"), ("apple\npear\n", "apple\n")])
+def test_class_files_of_folders_must_agree(order: tuple[str, str], tmp_path: Path) -> None:
+    for split, text, indices in zip(("train", "val"), order, (cases.TRAIN, cases.VAL), strict=True):
+        cases.pictures(tmp_path / split, indices)
+        cases.texts(tmp_path / split, indices)
+        cases.write(tmp_path / split / "classes.txt", text)
+    if order[1].startswith("pear"):
+        with pytest.raises(UserError, match=r"train/classes\.txt and val/classes\.txt .* order classes differently"):
+            DataFolder(tmp_path).read("train")
+    else:
+        assert [item.name for item in DataFolder(tmp_path).read("val").categories] == ["apple", "pear"]
+
+
+def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
+    cases.yolo_usual(tmp_path)
+    os.mkfifo(tmp_path / "images" / "train" / "pipe.jpg")
+    (tmp_path / "classes.txt").symlink_to("/dev/zero")
+    (tmp_path / "other.yaml").symlink_to("/dev/zero")
+    assert cases.indices_of(DataFolder(tmp_path).read("train")) == set(cases.TRAIN)
+    label = tmp_path / "labels" / "train" / "shot01.txt"
+    label.unlink()
+    label.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"shot01\.txt cannot be read as text \(it is no plain file\)"):
+        DataFolder(tmp_path).read("train")
+
+
+def test_a_user_that_is_none_is_said() -> None:
+    with pytest.raises(UserError, match="no such user's folder"):
+        DataFolder("~nobody-of-this-name/data")

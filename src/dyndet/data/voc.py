@@ -15,6 +15,7 @@ from defusedxml.ElementTree import parse
 
 from dyndet.data.images import SUFFIXES, read_header, resolve_inside
 from dyndet.data.records import FileDataset, Record, Repairs
+from dyndet.data.text_files import read_text
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
@@ -148,7 +149,7 @@ def _stems(root: Path, split: str) -> tuple[Path, list[str]]:
             f"{splits})"
         )
     try:
-        lines = listing.read_text("utf-8-sig").splitlines()
+        lines = read_text(listing).splitlines()
     except ValueError as error:
         raise DataError(f"{listing} is not a text file ({error}): it lists one file name per line") from error
     stems = [line.strip() for line in lines if line.strip()]
@@ -180,7 +181,8 @@ def _object(item: Element, path: Path, position: int) -> _Object:
     if not name:
         raise DataError(f"{where} has no name: add one")
     box = [_number(item, f"bndbox/{side}", where) for side in ("xmin", "ymin", "xmax", "ymax")]
-    return _Object(name, _number(item, "difficult", where, 0) == 1, box, position)
+    unsaid = (item.findtext("difficult") or "").strip().lower() in ("", "unspecified")
+    return _Object(name, not unsaid and _number(item, "difficult", where, 0) == 1, box, position)
 
 
 def _number(item: Element, key: str, where: str | Path, default: float | None = None) -> float:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dyndet.data.images import read_header
+from dyndet.data.images import SUFFIXES, read_header
 from dyndet.data.masks import Segmentation
 from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
+from dyndet.data.text_files import read_text
 from dyndet.data.yolo_config import YoloConfig
 from dyndet.errors import DataError
 
@@ -66,7 +67,7 @@ class YoloDataset(FileDataset):
         labels = {category.id: label for label, category in enumerate(config.categories)}
         repairs = Repairs()
         records = [
-            _record(image, file if exists else None, rank, labels, load_masks, repairs)
+            _record(image, file if exists else None, rank, labels, load_masks, repairs, config.keypoints)
             for rank, (image, (file, exists)) in enumerate(pairs, start=1)
         ]
         super().__init__(
@@ -81,22 +82,36 @@ def label_files(images: Sequence[Path], bases: Sequence[Path], notes: list[str])
         stems.setdefault(image.parent, set()).add(image.stem)
     home: dict[Path, tuple[Path, set[str]]] = {}
     for folder, names in stems.items():
-        twins = [*_twins(folder, bases), folder]
-        found = [(twin, _texts(twin)) for twin in twins]
-        home[folder] = next(((twin, texts) for twin, texts in found if names & texts), found[0])
-        if home[folder][0] == folder and "images" in folder.parts:
+        found = [(twin, _texts(twin)) for twin in [*twins(folder, bases), folder]]
+        home[folder] = next(
+            ((twin, texts) for twin, texts in found if names & texts and not _shared(twin, folder, names)), found[0]
+        )
+        if home[folder][0] == folder and twins(folder, bases):
             note = f"labels of {folder} lie beside the images"
             notes += [] if note in notes else [note]
     return [(home[image.parent][0] / f"{image.stem}.txt", image.stem in home[image.parent][1]) for image in images]
 
 
-def _twins(folder: Path, bases: Sequence[Path]) -> list[Path]:
-    """Folders of labels that may belong to a folder of images: the last "images" below a base is "labels" there."""
+def _shared(twin: Path, folder: Path, names: set[str]) -> bool:
+    """Whether labels of one folder could be those of several folders of images."""
+    if len(twin.parts) >= len(folder.parts):
+        return False
+    others = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder]
+    return any(image.stem in names for other in others for image in other.iterdir() if image.suffix.lower() in SUFFIXES)
+
+
+def twins(folder: Path, bases: Sequence[Path]) -> list[Path]:
+    """Folders of labels that may belong to a folder of images: the last "images" below a base is "labels" there, with
+    or without the folders below it.
+    """
     parts = list(folder.parts)
     above = max((len(base.parts) for base in bases if folder.is_relative_to(base)), default=1)
-    places = [place for place in reversed(range(1, len(parts))) if parts[place] == "images"]
+    places = [place for place in reversed(range(1, len(parts))) if parts[place].lower() in ("images", "jpegimages")]
     places.sort(key=lambda place: place < above)
-    return [Path(*parts[:place], "labels", *parts[place + 1 :]) for place in places]
+    names = ("labels", "Labels")
+    found = [Path(*parts[:place], name, *parts[place + 1 :]) for place in places for name in names]
+    flat = [Path(*parts[:place], name) for place in places if place < len(parts) - 1 for name in names]
+    return [*found, *flat]
 
 
 def _texts(folder: Path) -> set[str]:
@@ -104,7 +119,13 @@ def _texts(folder: Path) -> set[str]:
 
 
 def _record(
-    image: Path, file: Path | None, image_id: int, labels: dict[int, int], load_masks: bool, repairs: Repairs
+    image: Path,
+    file: Path | None,
+    image_id: int,
+    labels: dict[int, int],
+    load_masks: bool,
+    repairs: Repairs,
+    keypoints: int,
 ) -> Record:
     header = read_header(image)
     height, width = header.upright  # what labels are relative to
@@ -117,7 +138,7 @@ def _record(
         if not line.strip():
             continue
         where = f"{file} line {number}"
-        id, points = _parse(line, where)
+        id, points = _parse(line, where, keypoints)
         if id not in labels:
             raise DataError(f"{where} has class {id}, which the configuration does not name: correct one of them")
         if load_masks and len(points) == 2:
@@ -137,17 +158,23 @@ def _record(
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text("utf-8-sig").splitlines()
+        return read_text(file).splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as text ({error}): correct it") from error
 
 
-def _parse(line: str, where: str) -> tuple[int, np.ndarray]:
+def _parse(line: str, where: str, keypoints: int) -> tuple[int, np.ndarray]:
     """Class and (2, 2) centre and extent or (P, 2) polygon, relative."""
     try:
         id, *numbers = [float(word) for word in line.split()]
     except ValueError:
         id, numbers = float("nan"), []
-    if not id.is_integer() or (len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2)):
-        raise DataError(f"{where} is {line.strip()[:60]!r}: give `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`")
+    if keypoints and len(numbers) == 4 + keypoints:
+        numbers = numbers[:4]
+    if not id.is_integer() or (len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2 or keypoints)):
+        given = f"{where} is {line.strip()[:60]!r}"
+        if keypoints:
+            raise DataError(f"{given}: kpt_shape says `class cx cy w h` and {keypoints} numbers of keypoints")
+        score = "; the sixth looks like a score: is this a prediction?" if len(numbers) == 5 else ""
+        raise DataError(f"{given}: give `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`{score}")
     return int(id), np.array(numbers, np.float64).reshape(-1, 2)

@@ -12,11 +12,34 @@ from typing import Any
 import yaml
 
 from dyndet.data.images import SUFFIXES, resolve_inside
+from dyndet.data.layouts.found import SPLIT_WORDS, split_word
 from dyndet.data.layouts.tree import Listing, Tree
+from dyndet.data.text_files import read_text
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
-SYNONYMS = {"val": ("val", "valid", "validation"), "train": ("train",), "test": ("test",)}
+_NO_SPLITS = frozenset(
+    {"names", "path", "nc", "backup", "classes", "_darknet", "download", "kpt_shape", "flip_idx", "roboflow"}
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Texts stay texts: `no` is a class, not false."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [item for item in found if item[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_yaml(text: str) -> object:
+    """Mappings, lists, texts and None.
+
+    Raises:
+        yaml.YAMLError: if it is none.
+    """
+    return yaml.load(text, _Loader)
 
 
 @dataclass
@@ -29,6 +52,7 @@ class YoloConfig:
         entries: by split: folders of images, text files listing images, or image files.
         bases: folders that entries start from; the first where an entry exists counts.
         notes: what was taken otherwise than written.
+        keypoints: numbers that follow each box, of a set for poses.
     """
 
     source: Path
@@ -36,6 +60,7 @@ class YoloConfig:
     entries: Mapping[str, Sequence[str | Path]]
     bases: list[Path]
     notes: list[str] = field(default_factory=list)
+    keypoints: int = 0
 
     @classmethod
     def read(cls, file: str | Path, root: str | Path | None = None) -> YoloConfig:
@@ -54,13 +79,18 @@ class YoloConfig:
         home = file.parent.absolute()
         bases = [] if root is None else [Path(root).expanduser().absolute()]
         if path := content.get("path"):
-            declared = home / Path(str(path)).expanduser()
-            if declared.is_dir():
+            declared = _joined(home, str(path))
+            if declared is not None and declared.is_dir():
                 bases.append(declared)
             elif not bases:
                 notes.append(f"path {path} of {file.name} does not exist: its own folder is taken")
         return cls(
-            file, _categories(content, file, home), _entries(content), list(dict.fromkeys([*bases, home])), notes
+            file,
+            _categories(content, file, home),
+            _entries(content),
+            list(dict.fromkeys([*bases, home])),
+            notes,
+            _keypoints(content, file),
         )
 
     def has(self, split: str) -> bool:
@@ -68,11 +98,11 @@ class YoloConfig:
 
     def splits(self) -> list[str]:
         """Names of the splits, whether they exist or not; keys of other names count where files lie behind them."""
-        return [split for split in self.entries if split in SYNONYMS or self.exists(split)]
+        return [split for split in self.entries if split in SPLIT_WORDS or self.exists(split)]
 
     def exists(self, split: str) -> bool:
-        """Whether all that a split names is there."""
-        return self.has(split) and all(self._find(entry) is not None for entry in self.entries[split])
+        """Whether anything that a split names is there; reading it will say what is not."""
+        return self.has(split) and any(self._find(entry) is not None for entry in self.entries[split])
 
     def images(self, split: str) -> list[Path]:
         """Image files of a split, sorted.
@@ -104,17 +134,27 @@ class YoloConfig:
         return sorted(set(images))
 
     def _find(self, entry: str | Path) -> Path | None:
-        """Where an entry lies: as written, else by its last folders (made on another machine, or a `../` too many)."""
-        text = str(entry)
+        """Where an entry lies: as written, but rather inside of a base than beside it by a `../` too many; else by its
+        last folders (made on another machine), those that name a split among them.
+        """
         if isinstance(entry, Path):
             return entry
-        for base in self.bases:
-            if (place := base / Path(text.replace("\\", "/")).expanduser()).exists():
-                return _straight(place)
-        parts = _parts(text)
-        for place in (base.joinpath(*parts[first:]) for first in range(len(parts)) for base in self.bases):
-            if place.exists():
-                self._note(f"{text} of {self.source.name} is {place}")
+        parts = _parts(entry)
+        straight = [place for base in self.bases if ".." in entry and (place := _joined(base, *parts))]
+        written = [place for base in self.bases if (place := _joined(base, entry.replace("\\", "/")))]
+        inside = [place for place in written if any(_within(place, base) for base in self.bases)]
+        for place in [*straight, *inside, *(place for place in written if place not in inside)]:
+            place = _straight(place)
+            if place not in map(_straight, written):
+                self._note(f"{entry} of {self.source.name} is {place}")
+            elif not any(_within(place, base) for base in self.bases):
+                self._note(f"{entry} of {self.source.name} lies outside of {self.bases[0]}: {place}")
+            return place
+        for place in (
+            _joined(base, *parts[first:]) for first in _droppable(parts)[: len(parts)] for base in self.bases
+        ):
+            if place is not None:
+                self._note(f"{entry} of {self.source.name} is {place}")
                 return place
         return None
 
@@ -125,7 +165,7 @@ class YoloConfig:
     def _listed(self, listing: Path) -> list[Path]:
         """Images of a text file; names start from its folder or a base, and stay there."""
         try:
-            lines = [line.strip() for line in listing.read_text("utf-8-sig").splitlines()]
+            lines = [line.strip() for line in read_text(listing).splitlines()]
         except ValueError as error:
             raise DataError(f"{listing} is not a text file ({error}): it lists one image per line") from error
         odd = next((i for i, line in enumerate(lines, 1) if line and Path(line).suffix.lower() not in SUFFIXES), None)
@@ -152,7 +192,8 @@ class YoloConfig:
     def _folder_with(self, folder: str, name: str, listing: Path, bases: list[Path]) -> Listing | None:
         parts = _parts(folder)
         written = [base / folder for base in bases]
-        for place in [*written, *(base.joinpath(*parts[k:]) for k in range(len(parts) + 1) for base in bases)]:
+        ends = [parts[first:] for first in _droppable(parts)]
+        for place in [*written, *(base.joinpath(*end) for end in ends for base in bases)]:
             if (place / name).is_file() and any(_within(place, base) for base in bases):
                 place = _straight(place)
                 if place not in written and ".." not in folder and not folder.startswith("."):
@@ -177,7 +218,7 @@ def read_names(file: Path) -> list[str]:
         DataError: if it is no text file or empty.
     """
     try:
-        names = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+        names = [line.strip() for line in read_text(file).splitlines()]
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as text ({error}): it lists one class name per line") from error
     while names and not names[-1]:
@@ -189,10 +230,10 @@ def read_names(file: Path) -> list[str]:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text("utf-8-sig")
+        text = read_text(file)
         if file.suffix.lower() == ".data":
             return dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", text, re.MULTILINE)) | {"_darknet": True}
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
     except OSError as error:
         raise MissingDataError(f"{file} cannot be read ({error.strerror}): check the path") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -203,23 +244,23 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _entries(content: dict[str, Any]) -> dict[str, list[str]]:
-    found = {}
-    for split, keys in SYNONYMS.items():
-        value = next((content[key] for key in keys if content.get(key)), None)
-        if value:
-            found[split] = [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
-    known = {key for keys in SYNONYMS.values() for key in keys} | {
-        "names",
-        "path",
-        "nc",
-        "backup",
-        "_darknet",
-        "classes",
-    }
-    for key, value in content.items():  # splits of other names
-        if key not in known and value and isinstance(value, str | list) and key not in found:
-            found[str(key)] = [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
+    """What each split names: train, val and test by any of their words, then keys of other names."""
+    found: dict[str, list[str]] = {}
+    for key in [*SPLIT_WORDS, *(key for key in content if key not in SPLIT_WORDS and key not in _NO_SPLITS)]:
+        value = content.get(key)
+        entries = [str(entry) for entry in value] if isinstance(value, list) else [value]
+        if value and all(isinstance(entry, str) and "\n" not in entry for entry in entries):
+            found.setdefault(SPLIT_WORDS.get(key, str(key)), [str(entry) for entry in entries])
     return found
+
+
+def _keypoints(content: dict[str, Any], file: Path) -> int:
+    shape = content.get("kpt_shape")
+    if shape is None:
+        return 0
+    if not isinstance(shape, list) or len(shape) != 2 or not all(str(number).isdigit() for number in shape):
+        raise DataError(f"{file} has kpt_shape {shape!r}: give [points, numbers of each]")
+    return int(shape[0]) * int(shape[1])
 
 
 def _categories(content: dict[str, Any], file: Path, home: Path) -> list[Category]:
@@ -229,24 +270,39 @@ def _categories(content: dict[str, Any], file: Path, home: Path) -> list[Categor
         places = [home.joinpath(*parts[k:]) for k in range(len(parts))]
         found = next((place for place in places if place.is_file()), None)
         names = None if found is None else read_names(found)
-        count: Any = content.get("classes")
-        content = {"nc": int(count)} if str(count).isdigit() else {}
-    if names is None and isinstance(count := content.get("nc"), int) and 0 < count < 100_000:
-        return numbered(count)
+        content = {"nc": content.get("classes")}
+    count: Any = content.get("nc")
+    if names is None and str(count).isdigit() and 0 < int(count) < 100_000:
+        return numbered(int(count))
     if isinstance(names, list):
         names = dict(enumerate(names))
     if isinstance(names, dict) and all(str(key).isdigit() for key in names):
         names = {int(key): name for key, name in names.items()}
     if not isinstance(names, dict) or not names or not all(isinstance(key, int) for key in names):
         raise DataError(f"{file} has no usable names: give a list, or a mapping from class number to name")
-    if content.get("nc", len(names)) != len(names):
-        raise DataError(f"{file} has nc {content['nc']} but {len(names)} names: correct one of them")
+    if count is not None and str(count).strip() != str(len(names)):
+        raise DataError(f"{file} has nc {count} but {len(names)} names: correct one of them")
     return [Category(id, str(names[id])) for id in sorted(names)]
 
 
 def _parts(text: str) -> list[str]:
     parts = PurePosixPath(text.replace("\\", "/")).parts
     return [part for part in parts if part not in ("/", ".", "..") and not part.endswith(":")]
+
+
+def _droppable(parts: Sequence[str]) -> range:
+    """How many first folders of a path may differ on this machine: not the one that names the split."""
+    named = [k for k, part in enumerate(parts) if split_word(part)]
+    return range(named[-1] + 1 if named else len(parts) + 1)
+
+
+def _joined(base: Path, *parts: str) -> Path | None:
+    """A path below a folder, or where it leads itself; None where nothing lies."""
+    try:
+        place = base.joinpath(Path(*parts).expanduser())
+        return place if place.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a character that no path has, a user that is none
+        return None
 
 
 def _straight(place: Path) -> Path:

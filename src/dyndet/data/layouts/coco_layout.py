@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dyndet.data.coco import CocoDataset, load_coco
 from dyndet.data.images import find_inside
-from dyndet.data.layouts.found import ALL, Found, Wanted, listed, split_of, split_word
+from dyndet.data.layouts.found import ALL, Found, Wanted, listed, other_split, split_of, split_word
 from dyndet.data.layouts.tree import Tree
 from dyndet.data.records import FileDataset
 from dyndet.errors import DataError, MissingDataError, UserError
@@ -41,7 +41,6 @@ def recognise_coco(tree: Tree | None, wanted: Wanted) -> Found | None:
             files[split] = _one(candidates, split, tree)
     if not files:
         return None
-    root = tree.root if tree is not None else None
     places = {split: tree.short(file) if tree is not None else str(file) for split, file in files.items()}
     found_splits = Found(
         "coco",
@@ -51,7 +50,7 @@ def recognise_coco(tree: Tree | None, wanted: Wanted) -> Found | None:
         choice="data.train_annotations=FILE.json data.train_images=FOLDER (and val_)",
     )
     for split, file in files.items():
-        found_splits.splits[split] = partial(_read, file, split, tree, wanted, found_splits.notes, root)
+        found_splits.splits[split] = partial(_read, file, split, tree, wanted, found_splits.notes)
     ignored = [tree.short(file) for file in left] if tree is not None else []
     if ignored:
         found_splits.notes.append(f"not used: {listed(ignored)}")
@@ -93,27 +92,49 @@ def _is_coco(file: Path) -> bool:
         return False
 
 
-def _read(
-    file: Path, split: str, tree: Tree | None, wanted: Wanted, notes: list[str], root: Path | None, **options: Any
-) -> FileDataset:
+def _read(file: Path, split: str, tree: Tree | None, wanted: Wanted, notes: list[str], **options: Any) -> FileDataset:
     content = load_coco(file)
-    given = wanted.images.get(split) or (wanted.images.get("train") if split == ALL else None)
-    if given is None:
-        folder, dropped, absent = _locate(content, _candidates(file, split, tree), file, root or file.parent)
-        where = tree.short(folder) if tree is not None else str(folder)
-        notes.append(f"images of {split}: {where}")
-        if dropped:
-            notes.append(f"{file.name}: {dropped} leading folder(s) of its file names left out")
-        if absent:
-            notes.append(
-                f"{file.name}: {absent} of {min(_SAMPLE, len(content['images']))} file names looked up do not exist"
-            )
-        for entry in content["images"]:
-            if isinstance(name := entry.get("file_name"), str):
-                entry["file_name"] = _shortened(name, dropped)
-    else:
-        folder = given
+    folder = wanted.images.get(split) or (wanted.images.get("train") if split == ALL else None)
+    if folder is None:
+        folder = _placed(content, file, split, tree, notes)
     return CocoDataset(file, folder, classes=wanted.classes, content=content, **options)
+
+
+def _placed(content: dict[str, Any], file: Path, split: str, tree: Tree | None, notes: list[str]) -> Path:
+    """The folder of the images; file names in `content` become those below it."""
+    root = file.parent if tree is None else tree.root
+    entries = [entry for entry in content["images"] if isinstance(entry.get("file_name"), str)]
+    if not entries:
+        raise DataError(f"{file} lists no images with a file_name: see cocodataset.org/#format-data")
+    names = [str(entry["file_name"]) for entry in entries]
+    folder, dropped, absent = _locate(names, list(_candidates(file, split, tree)), file, root)
+    if _too_many(absent, min(len(names), _SAMPLE)):
+        inside = tree is not None and folder.is_relative_to(root)
+        found = _spread(names, split, tree) if tree is not None and inside else {}
+        found |= {
+            name: (folder.relative_to(root) / short).as_posix() if inside else short
+            for name in names
+            if _exists(folder, short := _shortened(name, dropped))
+        }
+        lost = [name for name in names if name not in found]
+        if not inside or _too_many(len(lost), len(names)):
+            raise MissingDataError(
+                f"{file}: {len(lost)} of its {len(names)} images are missing, e.g. {(lost or names)[0]!r}, though "
+                f"others lie in {folder}: put them there, or give data=coco data.train_images=FOLDER (data.val_images)"
+            )
+        notes.append(f"images of {split}: in several folders")
+        for entry, name in zip(entries, names, strict=True):
+            entry["file_name"] = found.get(name, name)
+        return root
+    notes.append(f"images of {split}: {folder if tree is None else tree.short(folder)}")
+    if dropped:
+        notes.append(f"{file.name}: {dropped} leading folder(s) of its file names left out")
+        for entry, name in zip(entries, names, strict=True):
+            entry["file_name"] = _shortened(name, dropped)
+    if absent:
+        count = min(_SAMPLE, len(names))
+        notes.append(f"{file.name}: {absent} of {count} file names looked up do not exist")
+    return folder
 
 
 def _candidates(file: Path, split: str, tree: Tree | None) -> Iterator[Path]:
@@ -134,30 +155,59 @@ def _candidates(file: Path, split: str, tree: Tree | None) -> Iterator[Path]:
     folders = [] if tree is None else [listing.path for listing in tree.with_images()]
     folders.sort(key=lambda folder: split_of(folder, root) != split)  # stable: of its own split first
     above = [parent for folder in folders for parent in folder.parents if parent.is_relative_to(root)]
-    yield from dict.fromkeys(folder for folder in [*usual, *folders, *above] if folder.is_dir())
+    found = dict.fromkeys(folder for folder in [*usual, *folders, *above] if folder.is_dir())
+    yield from (folder for folder in found if not other_split(folder, split, root))
 
 
-def _locate(content: dict[str, Any], folders: Iterator[Path], file: Path, root: Path) -> tuple[Path, int, int]:
-    """Where images exist: the folder, how many leading folders of the names to drop, how many are not there."""
-    names = [entry["file_name"] for entry in content["images"] if isinstance(entry.get("file_name"), str)]
-    if not names:
-        raise DataError(f"{file} lists no images with a file_name: see cocodataset.org/#format-data")
+def _locate(names: Sequence[str], folders: Sequence[Path], file: Path, root: Path) -> tuple[Path, int, int]:
+    """Where images exist: the folder, how many leading folders of the names to drop, how many of a sample are not
+    there. The least dropped at which a folder has half of them counts, a usual folder first.
+    """
     sample = [names[index * len(names) // min(len(names), _SAMPLE)] for index in range(min(len(names), _SAMPLE))]
-    places = list(folders)
     deepest = max(len(_parts(name)) for name in sample) - 1
+    known = len(set(names))
     best: tuple[int, Path, int] = (0, root, 0)
     for dropped in range(min(deepest, _MOST_DROPPED) + 1):
-        for folder in places:
+        if dropped and len({_shortened(name, dropped) for name in names}) < known:
+            break  # two images would be one file
+        for folder in folders:
             hits = sum(_exists(folder, _shortened(name, dropped)) for name in sample)
-            if hits == len(sample):
-                return folder, dropped, 0
+            if not _too_many(len(sample) - hits, len(sample)):
+                return folder, dropped, len(sample) - hits
             best = max(best, (hits, folder, dropped), key=lambda item: item[0])
+        if 2 * best[0] >= len(sample):
+            break
     if not best[0]:
         raise MissingDataError(
             f"{file} names images such as {sample[0]!r}, which lie in no folder of {root}: put them there, or give "
             "data=coco data.train_images=FOLDER (data.val_images)"
         )
     return best[1], best[2], len(sample) - best[0]
+
+
+def _too_many(absent: int, count: int) -> bool:
+    return absent > max(1, count // 20)
+
+
+def _spread(names: Sequence[str], split: str, tree: Tree) -> dict[str, str]:
+    """Where each image lies below the root, if that is one place; the more of its folders are the same the better."""
+    places: dict[str, list[Path]] = {}
+    for listing in tree.with_images():
+        if not other_split(listing.path, split, tree.root):
+            for name in listing.images:
+                places.setdefault(name, []).append(listing.path)
+    found: dict[str, str] = {}
+    for name in names:
+        *above, last = _parts(name) or [""]
+        here = places.get(last, [])
+        for first in range(len(above) + 1):
+            end = tuple(above[first:])
+            fitting = [folder for folder in here if folder.parts[len(folder.parts) - len(end) :] == end]
+            if fitting:
+                if len(fitting) == 1:
+                    found[name] = (fitting[0] / last).relative_to(tree.root).as_posix()
+                break
+    return found if len(set(found.values())) == len(found) else {}
 
 
 def _parts(name: str) -> list[str]:

@@ -27,18 +27,20 @@ def describe(data: DetectionDataModule) -> str:
     share = folder.share
     validation = f"validation: {_count(val)}"
     if share is not None:
-        validation += f", held out of the training images, always the same ones (data.val_share={share:g})"
-    elif "val" in found.places:
-        validation += f" of {found.places['val']}"
+        validation += (
+            f", held out of the training images by their names: the same in every run (data.val_share={share:g})"
+        )
+    else:
+        validation += _place(found.places, folder.used("val"))
     lines = [
         f"data: {found.layout} {f'in {root}' if root else ''}".rstrip(),
         f"classes ({len(data.categories)}): {_classes(data, train)}",
-        f"training: {_count(train)}{_place(found.places, folder.train_split)}",
+        f"training: {_count(train)}{_place(found.places, folder.used('train'))}",
         validation,
         f"input: {_input(data)}; data.size=640 (short edge) or data.size=[H,W] changes it",
     ]
     notes = list(dict.fromkeys(found.notes))
-    others = [name for name in found.splits if name not in (folder.train_split, folder.val_split, folder.pooled)]
+    others = [name for name in found.splits if name not in (folder.used("train"), folder.used("val"))]
     if others:
         notes.append(f"{listed(others)} is left alone (data.val_split={others[0]} evaluates on it)")
     if notes:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from dyndet.data.layouts.coco_layout import recognise_coco
-from dyndet.data.layouts.found import ALL, Found, Wanted, listed
+from dyndet.data.layouts.found import ALL, SPLIT_WORDS, Found, Wanted, listed
 from dyndet.data.layouts.holdout import held_out
 from dyndet.data.layouts.tree import Tree
 from dyndet.data.layouts.voc_layout import recognise_voc
@@ -17,8 +19,10 @@ from dyndet.data.layouts.yolo_layout import recognise_yolo
 from dyndet.data.records import FileDataset, Repairs
 from dyndet.errors import DataError, MissingDataError, UserError
 
+logger = logging.getLogger(__name__)
+
+_TRAINING = ("train", "trainval")
 _RECOGNISERS = {"coco": recognise_coco, "yolo": recognise_yolo, "voc": recognise_voc}
-_SYNONYMS = {"valid": "val", "validation": "val", "training": "train"}
 
 
 class DataFolder:
@@ -57,8 +61,8 @@ class DataFolder:
         classes: Sequence[str] | None = None,
     ) -> None:
         self.format = format
-        self.train_split = _SYNONYMS.get(train_split, train_split)
-        self.val_split = _SYNONYMS.get(val_split, val_split)
+        self.train_split = SPLIT_WORDS.get(train_split, train_split)
+        self.val_split = SPLIT_WORDS.get(val_split, val_split)
         self.val_share = val_share
         folder, yaml, train = _path(root), _path(config), _path(train_annotations)
         if folder is not None and folder.is_file():
@@ -78,6 +82,7 @@ class DataFolder:
         )
         self._pool: FileDataset | None = None
         self._held: list[int] = []
+        self._files: dict[str, set[Path]] = {}
 
     @cached_property
     def found(self) -> Found:
@@ -97,6 +102,8 @@ class DataFolder:
             raise UserError(f"{self.root} holds {kinds}: choose one by {keys} (or data={found[0].format})")
         if not found:
             raise MissingDataError(self._nothing(tree))
+        if wanted.classes is not None and found[0].format == "yolo":
+            raise UserError("data.classes chooses classes of COCO and VOC sets: YOLO's are those of its yaml")
         return found[0]
 
     def read(self, part: Literal["train", "val"], *, load_masks: bool = False, skip_empty: bool = False) -> FileDataset:
@@ -111,40 +118,64 @@ class DataFolder:
             DataError: if the annotations cannot be used.
             UserError: if there is no such split.
         """
-        name = self.train_split if part == "train" else self.val_split
         if self.share is not None:
             return self._side(validates=part == "val", load_masks=load_masks, skip_empty=skip_empty)
-        if part == "train" and name not in self.found.splits and self.pooled is not None:
-            name = self.pooled
-        if name == ALL and len(self.found.splits) == 1:
-            (name,) = self.found.splits
+        name = self.used(part)
         if name not in self.found.splits:
             has = listed(list(self.found.splits)) or "none"
             raise UserError(
                 f"{self.root or self._wanted.config} has no split {name!r}: it has {has}; set data.{part}_split to one "
                 "of them"
             )
-        return self.found.splits[name](load_masks=load_masks, skip_empty=skip_empty)
+        dataset = self.found.splits[name](load_masks=load_masks, skip_empty=skip_empty)
+        self._files[part] = {record.path for record in dataset.records}
+        self._refuse_the_same()
+        return dataset
 
-    @property
-    def pooled(self) -> str | None:
-        """The split that training images come from, if it is there: `train_split`, or all of a folder without any."""
-        splits = self.found.splits
-        return self.train_split if self.train_split in splits else ALL if list(splits) == [ALL] else None
+    def used(self, part: Literal["train", "val"]) -> str:
+        """The split that a part is read from, if it is there: of a folder without splits, or without "train", the
+        rest trains; "trainval" is all that trains where nothing validates.
+        """
+        name, splits = self.train_split if part == "train" else self.val_split, self.found.splits
+        if name in splits:
+            return name
+        if name == ALL and len(splits) == 1:
+            return next(iter(splits))
+        if name == "trainval" and "train" in splits and "val" not in splits:
+            return "train"
+        return ALL if ALL in splits and (part == "train" or name == "trainval") and name in _TRAINING else name
 
     @property
     def share(self) -> float | None:
         """The share of the training images that validates; None where there is a validation split."""
-        own = self.val_split == "val" and "val" not in self.found.splits and self.pooled is not None
+        splits = self.found.splits
+        own = self.val_split == "val" and "val" not in splits and self.used("train") in splits
         return self.val_share if own else None
+
+    def _refuse_the_same(self) -> None:
+        """Images that both train and validate are meant where the user or the yaml names one split twice."""
+        train, val = self._files.get("train"), self._files.get("val")
+        if not train or not val or 2 * len(train & val) <= len(val):
+            return
+        names, places = [self.used("train"), self.used("val")], self.found.places
+        said = f"{len(train & val)} of {len(val)} validation images are training images"
+        if names[0] != names[1] and places.get(names[0]) != places.get(names[1]):
+            raise UserError(
+                f"{said} ({places.get(names[0], names[0])} and {places.get(names[1], names[1])}): AP would tell "
+                "nothing; correct the splits, or name others by data.train_split and data.val_split"
+            )
+        logger.warning("%s, as %s says: AP tells how well they are learnt by heart", said, self.root or "the yaml")
 
     def _side(self, *, validates: bool, load_masks: bool, skip_empty: bool) -> FileDataset:
         """One side of the split that is made here; both come from one reading."""
         if self._pool is None or (load_masks and not self._pool.load_masks):
-            self._pool = self.found.splits[self.pooled or ALL](load_masks=load_masks, skip_empty=False)
-            records = self._pool.records
-            classes = [record.labels[~record.crowd].tolist() for record in records]
-            self._held = held_out([record.path.name for record in records], classes, self.val_share)
+            self._pool = self.found.splits[self.used("train")](load_masks=load_masks, skip_empty=False)
+            every = self._pool.records
+            if self._wanted.classes is not None:  # which are kept does not change who validates
+                found = _RECOGNISERS[self.found.format](self._tree(), replace(self._wanted, classes=None))
+                every = every if found is None else found.splits[self.used("train")](skip_empty=False).records
+            classes = [record.labels[~record.crowd].tolist() for record in every]
+            self._held = held_out([self._name(record.path) for record in every], classes, self.val_share)
         held = set(self._held)
         chosen = [record for i, record in enumerate(self._pool.records) if (i in held) == validates]
         part = copy.copy(self._pool)
@@ -155,6 +186,12 @@ class DataFolder:
         if not part.records:
             raise DataError(f"{self.root} has no images with boxes to train on: set data.skip_empty=false")
         return part
+
+    def _name(self, image: Path) -> str:
+        """From the root on: the same wherever the set lies."""
+        root = self.root or (self._wanted.config or next(iter(self._wanted.annotations.values()))).parent
+        root = root.absolute()
+        return image.relative_to(root).as_posix() if image.is_relative_to(root) else image.name
 
     def _tree(self) -> Tree | None:
         """What lies in the folder, where that has to be known."""
@@ -202,4 +239,7 @@ def read_part(
 
 
 def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value).expanduser()
+    try:
+        return None if value is None else Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{value}: there is no such user's folder ({error}): write the path in full") from error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from dyndet.data.records import FileDataset
 
@@ -17,11 +17,14 @@ Reader = Callable[..., FileDataset]
 ALL = "all"
 """The only split of a folder that has none."""
 
-_WORDS = {
+SPLIT_WORDS = {
     "train": "train", "training": "train", "trn": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "tst": "test",
 }  # fmt: skip
+"""What people call a split, the usual names first."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -68,13 +71,43 @@ class Wanted:
 def split_word(name: str) -> str | None:
     """The split that a name speaks of: "val" for "instances_val2017", "valid" and "Validation"; None if of none."""
     words = re.findall(r"[a-z]+", name.lower())
-    return next((_WORDS[word] for word in words if word in _WORDS), None)
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
 def split_of(path: Path, root: Path) -> str | None:
     """The split that a path below `root` speaks of, its innermost word first."""
     parts = reversed(path.relative_to(root).parts) if path.is_relative_to(root) else [path.name]
     return next((word for part in parts if (word := split_word(part))), None)
+
+
+def by_split(items: Sequence[T], folder: Callable[[T], Path], root: Path) -> tuple[dict[str, list[T]], list[T]]:
+    """Items by the split that their folders speak of, `ALL` where they speak of none; and those left out beside splits.
+
+    `bus`, `train` and `car` are classes: folders make splits where "train" stands beside another, else all is one.
+    """
+    paths = {path: path.relative_to(root).parts for path in map(folder, items)}
+    depth = max(map(len, paths.values()), default=0)
+    levels = [{path: split_word(parts[k]) for path, parts in paths.items() if len(parts) > k} for k in range(depth)]
+    level: dict[Path, str | None] = next((words for words in levels if _are_splits(words.values())), {})
+    found: dict[str, list[T]] = {}
+    for item in items:
+        path = folder(item)
+        found.setdefault(level.get(path) or split_of(path, root) or ALL, []).append(item)
+    if ALL not in found or "train" not in found:
+        return found, []
+    if _are_splits(found):
+        return found, found.pop(ALL)
+    return {ALL: list(items)}, []
+
+
+def _are_splits(words: Iterable[str | None]) -> bool:
+    words = set(words)
+    return "train" in words and bool({"val", "test"} & words)
+
+
+def other_split(path: Path, split: str | None, root: Path) -> bool:
+    """Whether a folder is that of another split."""
+    return split in SPLIT_WORDS and split_of(path, root) not in (None, split)
 
 
 def listed(items: Sequence[object], most: int = 4) -> str:

@@ -125,6 +125,8 @@ def _listing(folder: Path, home: str, linked: set[str], below: list[Path]) -> Li
                 linked.add(real)
             below.append(folder / name)
             continue
+        if not entry.is_file() and not (entry.is_symlink() and not os.path.exists(entry.path)):  # noqa: PTH110
+            continue  # a device or a pipe, which would be read without end; a link to nothing shows when it is read
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - many names
         if suffix in SUFFIXES:
             images.append(name)

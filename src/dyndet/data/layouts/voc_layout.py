@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
-from dyndet.data.layouts.found import ALL, Found, Wanted, listed, split_of, split_word
+from dyndet.data.images import SUFFIXES
+from dyndet.data.layouts.found import ALL, Found, Wanted, by_split, listed, split_word
 from dyndet.data.layouts.tree import Listing, Tree
+from dyndet.data.layouts.voc_images import VocImages
 from dyndet.data.records import FileDataset
+from dyndet.data.text_files import read_text
 from dyndet.data.voc import VocDataset, VocFolder
 from dyndet.errors import DataError, UserError
 
@@ -22,26 +25,22 @@ def recognise_voc(tree: Tree | None, wanted: Wanted) -> Found | None:
     folders = [listing for listing in tree.folders.values() if _is_voc(listing)]
     if not folders:
         return None
-    folder = FoundFolder(tree, folders)
+    folder = FoundFolder(tree, folders, list(wanted.images.values()))
     sets = [listing for listing in tree.folders.values() if listing.path.parts[-2:] == ("ImageSets", "Main")]
-    if len(sets) == 1 and (lists := _lists(sets[0])):
-        folder.lists = lists
-        layout = f"VOC ({tree.short(folders[0].path)} with {tree.short(sets[0].path)})"
-    else:
-        layout = f"VOC xml ({listed([tree.short(listing.path) for listing in folders], 3)})"
-        by_split: dict[str, list[Path]] = {}
-        for listing in folders:
-            files = [listing.path / name for name in listing.others[".xml"]]
-            by_split.setdefault(split_of(listing.path, tree.root) or ALL, []).extend(files)
-        folder.splits = by_split
-    found = Found("voc", layout, {}, choice="data.train_split, data.val_split, data.classes=[...]")
+    folder.lists = _lists(sets)
+    found = Found("voc", "", {}, choice="data.train_split, data.val_split, data.classes=[...]")
+    where = listed([tree.short(listing.path) for listing in folders], 3)
     if folder.lists:
         _without_splits_of_its_own(folder)
-        found.places = {split: tree.short(file) for split, file in folder.lists.items()}
-    elif ALL in folder.splits and "train" in folder.splits:
-        left = folder.splits.pop(ALL)
-        folder.files = [file for file in folder.files if file not in set(left)]
-        found.notes.append(f"not used: {listed([tree.short(file) for file in left], 2)}")
+        found.layout = f"VOC ({where} with {listed([tree.short(listing.path) for listing in sets], 3)})"
+        found.places = {split: listed(list(map(tree.short, files)), 3) for split, files in folder.lists.items()}
+    else:
+        found.layout = f"VOC xml ({where})"
+        folder.splits, left = by_split(folder.files, lambda file: file.parent, tree.root)
+        if left:
+            gone = set(left)
+            folder.files = [file for file in folder.files if file not in gone]
+            found.notes.append(f"not used: {listed(list(map(tree.short, left)), 2)}")
     for split in folder.lists or folder.splits:
         found.splits[split] = partial(_read, folder, split, wanted)
         found.places.setdefault(
@@ -75,68 +74,66 @@ class FoundFolder(VocFolder):
     Args:
         tree: names in the folder.
         folders: those that hold xml.
+        images: folders of images that the user named.
 
     Attributes:
-        lists: text files of stems by split.
+        lists: text files of names by split; of several sets below one folder each has one.
         splits: annotations by split, where folders say it.
         notes: where images were found.
     """
 
-    def __init__(self, tree: Tree, folders: list[Listing]) -> None:
+    def __init__(self, tree: Tree, folders: list[Listing], images: Sequence[Path] = ()) -> None:
         self.root = tree.root
         self.files = [listing.path / name for listing in folders for name in listing.others[".xml"]]
-        self.lists: dict[str, Path] = {}
+        self.lists: dict[str, list[Path]] = {}
         self.splits: dict[str, list[Path]] = {}
-        self.images = {listing.path: _folders_of_images(listing, tree) for listing in folders}
-        apart = {
-            tree.short(images[0].path) for path, images in self.images.items() if images and images[0].path != path
-        }
-        self.notes = [f"images in {listed(sorted(apart), 3)}"] if apart else []
+        self.images = VocImages(tree, folders, images)
+        apart = self.images.apart()
+        self.notes = [f"images in {listed(apart, 3)}"] if apart else []
 
     def members(self, split: str) -> tuple[str | Path, list[Path]]:
         if split in self.splits:
             return f"{self.root} ({split})", self.splits[split]
-        listing = self.lists[split]
-        by_stem = {file.stem: file for file in self.files}
-        try:
-            stems = [line.strip() for line in listing.read_text("utf-8-sig").splitlines() if line.strip()]
-        except ValueError as error:
-            raise DataError(f"{listing} is not a text file ({error}): it lists one file name per line") from error
-        named = [stem if stem in by_stem else PurePosixPath(stem.replace("\\", "/")).stem for stem in stems]
-        for stem, written in zip(named, stems, strict=True):
-            if stem not in by_stem:
-                raise DataError(f"{listing} names {written!r}, but there is no such xml: add it or remove the line")
-        if len(set(named)) < len(named):
-            twice = next(stem for stem in named if named.count(stem) > 1)
-            raise DataError(f"{listing} names {twice!r} twice: remove one")
-        return listing, [by_stem[stem] for stem in named]
+        files: dict[Path, Path] = {}
+        for listing in self.lists[split]:
+            try:
+                lines = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
+            except ValueError as error:
+                raise DataError(f"{listing} is not a text file ({error}): it lists one file name per line") from error
+            for line in lines:
+                file = self._listed(line, listing)
+                if file in files:
+                    raise DataError(f"{listing} names {line!r} twice: remove one")
+                files[file] = listing
+        return listed(self.lists[split], 3), list(files)
 
     def image(self, file: Path, filename: str) -> Path:
-        """The image of the xml's stem; of several that which it names; else what it names."""
-        name = PurePosixPath(filename.replace("\\", "/")).name
-        for listing in self.images[file.parent]:
-            if listing.has(name) and os.path.splitext(name)[0] == file.stem:  # noqa: PTH122
-                return listing.image(name)
-            if file.stem in listing.stems:
-                return listing.image(listing.stems[file.stem])
-        for listing in self.images[file.parent]:
-            if listing.has(name):
-                return listing.image(name)
-        raise DataError(
-            f"{file} has no image: neither {file.stem}.jpg (or .png, ...) nor {name!r} lies in {self.root}: add it or "
-            "remove the xml"
-        )
+        return self.images.of(file, filename)
 
+    def _listed(self, line: str, listing: Path) -> Path:
+        """The xml of a line, which may name folders, too."""
+        parts = _parts(line)
+        for first in range(len(parts)):
+            files = self._by_end.get(parts[first:], [])
+            if len(files) > 1:  # sets beside one another
+                files = [file for file in files if file.is_relative_to(listing.parents[2])] or files
+            if len(files) > 1:
+                raise DataError(
+                    f"{listing} names {line!r}, which could be {files[0]} or {files[1]}: write its folder, too"
+                )
+            if files:
+                return files[0]
+        raise DataError(f"{listing} names {line!r}, but there is no such xml: add it or remove the line")
 
-def _folders_of_images(listing: Listing, tree: Tree) -> list[Listing]:
-    """Where the images of a folder of xml may be: the folder that has most of them first, else the nearest."""
-    stems = {name[:-4] for name in listing.others[".xml"]}
-
-    def order(other: Listing) -> tuple[int, bool, int, str]:
-        shared = len(os.path.commonpath([other.path, listing.path]))
-        return -len(stems & other.stems.keys()), other.path != listing.path, -shared, str(other.path)
-
-    return sorted(tree.with_images(), key=order)
+    @cached_property
+    def _by_end(self) -> dict[tuple[str, ...], list[Path]]:
+        """Annotations by the ends of their paths, without suffix."""
+        found: dict[tuple[str, ...], list[Path]] = {}
+        for file in self.files:
+            parts = file.relative_to(self.root).with_suffix("").parts
+            for first in range(len(parts)):
+                found.setdefault(parts[first:], []).append(file)
+        return found
 
 
 def _is_voc(listing: Listing) -> bool:
@@ -151,9 +148,18 @@ def _is_voc(listing: Listing) -> bool:
     return False
 
 
-def _lists(folder: Listing) -> dict[str, Path]:
+def _lists(folders: list[Listing]) -> dict[str, list[Path]]:
     """Lists of a split each; of VOC's lists per class (`cat_train.txt`) none."""
-    names = {name[:-4]: folder.path / name for name in folder.others.get(".txt", [])}
-    words = {stem: split_word(stem) for stem in names}
-    own = {stem for stem in names if words[stem] is None or stem.lower().isalpha()}
-    return {words[stem] or stem: names[stem] for stem in sorted(own)}
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        names = {name[:-4]: folder.path / name for name in folder.others.get(".txt", [])}
+        words = {stem: split_word(stem) for stem in names}
+        for stem in sorted(stem for stem in names if words[stem] is None or stem.lower().isalpha()):
+            found.setdefault(words[stem] or stem, []).append(names[stem])
+    return found
+
+
+def _parts(line: str) -> tuple[str, ...]:
+    path = PurePosixPath(line.replace("\\", "/"))
+    known = path.suffix.lower() in SUFFIXES or path.suffix.lower() == ".xml"
+    return tuple(part for part in (path.with_suffix("") if known else path).parts if part not in ("/", ".", ".."))

@@ -10,16 +10,17 @@ from typing import Any
 import yaml
 
 from dyndet.data.images import SUFFIXES
-from dyndet.data.layouts.found import ALL, Found, Wanted, listed, split_of, split_word
+from dyndet.data.layouts.found import ALL, SPLIT_WORDS, Found, Wanted, by_split, listed, split_of, split_word
 from dyndet.data.layouts.tree import Listing, Tree
 from dyndet.data.records import FileDataset
-from dyndet.data.yolo import YoloDataset
-from dyndet.data.yolo_config import SYNONYMS, YoloConfig, named, numbered, read_names
+from dyndet.data.text_files import read_text
+from dyndet.data.yolo import YoloDataset, twins
+from dyndet.data.yolo_config import YoloConfig, load_yaml, named, numbered, read_names
 from dyndet.errors import UserError
 from dyndet.structures import Category
 
 _NAME_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels", "labels.txt", "predefined_classes.txt")
-_NO_LABELS = frozenset({"classes", "labels", "notes", "predefined_classes", *SYNONYMS["val"], "train", "test"})
+_NO_LABELS = frozenset({"classes", "labels", "notes", "predefined_classes", *SPLIT_WORDS})
 _LABEL = re.compile(r"\s*\d+(\.0*)?(\s+[-+.\deE]+){4,}\s*")
 _LARGEST = 1_000_000
 
@@ -35,8 +36,6 @@ def recognise_yolo(tree: Tree | None, wanted: Wanted) -> Found | None:
         UserError: if several yamls could describe it.
     """
     file = wanted.config or (None if tree is None else _configuration(tree))
-    if wanted.classes is not None:
-        raise UserError("data.classes chooses classes of COCO and VOC sets: YOLO's are those of its yaml")
     if file is not None:
         # A folder that was named comes first where the yaml was named, too.
         config = YoloConfig.read(file, tree.root if tree is not None and wanted.rooted else None)
@@ -79,14 +78,13 @@ def _describes(file: Path) -> bool:
     try:
         if file.stat().st_size > _LARGEST:
             return False
-        text = file.read_text("utf-8-sig")
+        text = read_text(file)
         if file.suffix.lower() == ".data":
             return bool(re.search(r"^\s*train\s*=", text, re.MULTILINE))
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return False
-    splits = [key for keys in SYNONYMS.values() for key in keys]
-    return isinstance(content, dict) and bool({"names", "nc"} & set(content)) and bool(set(splits) & set(content))
+    return isinstance(content, dict) and bool({"names", "nc"} & set(content)) and bool({*SPLIT_WORDS} & set(content))
 
 
 def _with_lists(tree: Tree) -> Found | None:
@@ -120,21 +118,18 @@ def _without_files(tree: Tree) -> Found | None:
     if not labelled:
         return None
     categories, notes = _names(tree, labelled)
-    by_split: dict[str, list[Listing]] = {}
-    for listing in labelled:
-        by_split.setdefault(split_of(listing.path, tree.root) or ALL, []).append(listing)
-    if ALL in by_split and "train" in by_split:
-        left = by_split.pop(ALL)
+    parts, left = by_split(labelled, lambda listing: listing.path, tree.root)
+    if left:
         notes.append(f"not used: {listed([tree.short(listing.path) for listing in left])}")
     for listing in tree.with_images():  # of the same place without any text: they count as negatives
         split = split_of(listing.path, tree.root) or ALL
-        if split in by_split and listing not in by_split[split] and _beside(listing, by_split[split]):
-            by_split[split].append(listing)
-    entries = {split: [item.image(name) for item in part for name in item.images] for split, part in by_split.items()}
+        if split in parts and listing not in parts[split] and _beside(listing, parts[split]):
+            parts[split].append(listing)
+    entries = {split: [item.image(name) for item in part for name in item.images] for split, part in parts.items()}
     config = YoloConfig(tree.root, categories, entries, [tree.root], notes)
-    where = [tree.short(part[0].path) for part in by_split.values()]
+    where = [tree.short(part[0].path) for part in parts.values()]
     found = Found("yolo", f"YOLO without a yaml (images in {listed(where)})", {}, notes=config.notes)
-    for split, part in by_split.items():
+    for split, part in parts.items():
         found.splits[split] = partial(_read, config, split)
         found.places[split] = listed([tree.short(listing.path) for listing in part], 2)
     return found
@@ -147,10 +142,7 @@ def _beside(listing: Listing, others: list[Listing]) -> bool:
 
 def _texts(listing: Listing, tree: Tree) -> list[Path]:
     """Label files of a folder of images, if the first of them is one."""
-    parts = listing.path.parts
-    places = [place for place in reversed(range(len(tree.root.parts), len(parts))) if parts[place] == "images"]
-    folders = [Path(*parts[:place], "labels", *parts[place + 1 :]) for place in places] + [listing.path]
-    for folder in folders:
+    for folder in [*twins(listing.path, [tree.root]), listing.path]:
         twin = tree.listing(folder)
         names = [] if twin is None else [name for name in twin.others.get(".txt", []) if name[:-4] in listing.stems]
         names = [name for name in names if folder != tree.root or name[:-4] not in _NO_LABELS]
@@ -172,15 +164,26 @@ def _is_label(file: Path) -> bool:
 
 def _names(tree: Tree, labelled: list[Listing]) -> tuple[list[Category], list[str]]:
     """Classes of a set without a yaml: of a file of names, else numbers as far as labels go."""
-    for listing in sorted(tree.folders.values(), key=lambda listing: len(listing.path.parts)):
-        present = {name for names in listing.others.values() for name in names}
-        for name in _NAME_FILES:
-            if name in present and not _is_label(listing.path / name):
-                return named(read_names(listing.path / name)), [f"class names: {tree.short(listing.path / name)}"]
+    found = [
+        (file, read_names(file))
+        for listing in sorted(tree.folders.values(), key=lambda listing: len(listing.path.parts))
+        for name in _NAME_FILES
+        if name in listing.others.get(Path(name).suffix, []) and not _is_label(file := listing.path / name)
+    ]
+    if found:  # LabelImg writes one into each folder, as far as its classes were used there
+        alike = [(file, names) for file, names in found if file.name == found[0][0].name]
+        file, names = max(alike, key=lambda item: len(item[1]))
+        other = next((other for other, some in alike if some != names[: len(some)]), None)
+        if other is not None:
+            raise UserError(
+                f"{tree.short(file)} and {tree.short(other)} of {tree.root} order classes differently: make them equal "
+                "or describe the set in a data.yaml"
+            )
+        return named(names), [f"class names: {tree.short(file)}"]
     highest = 0
     for file in (file for listing in labelled for file in _texts(listing, tree)):
         try:
-            lines = file.read_text("utf-8-sig").splitlines()
+            lines = read_text(file).splitlines()
         except (OSError, ValueError):
             continue  # reading the set will say so
         highest = max([highest, *(int(float(line.split()[0])) for line in lines if _LABEL.fullmatch(line))])
