@@ -46,6 +46,18 @@ def flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]
     return flags, overrides
 
 
+def check_words(arguments: Sequence[str]) -> None:
+    """Whether every argument is a flag, the value of one, or sets a key.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_value = before in (*_WITH_VALUE, "--info", "-i")
+        if not (argument.startswith(("-", "~")) or is_value or "=" in argument):
+            raise UserError(f"{argument!r} sets nothing: write KEY=VALUE, without spaces around the =; --help has keys")
+
+
 def read_paths(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Arguments whose paths arrive as they were typed.
 
@@ -76,7 +88,7 @@ def check_single(config: DictConfig) -> None:
     Raises:
         UserError: with the quoting that makes a path of what Hydra reads as a list.
     """
-    for key in ("ckpt", "ckpt_path", "init", "out"):
+    for key in ("ckpt", "ckpt_path", "init", "runs", "out"):
         value = config.get(key)
         if OmegaConf.is_config(value):
             raise UserError(f"{key} must be one path, got {value}: {advice_on_brackets(key)}")
