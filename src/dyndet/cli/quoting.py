@@ -32,9 +32,10 @@ def quote(text: str) -> str:
     return QuotedString(literal, Quote.single if '"' in literal and "'" not in literal else Quote.double).with_quotes()
 
 
-def raw(overrides: ListConfig) -> list[str]:
+def raw(overrides: Sequence[str]) -> list[str]:
     """Hydra's own list of overrides as they were given: what they refer to may not be known yet, or lie elsewhere."""
-    return [str(item) for item in OmegaConf.to_container(overrides, resolve=False)]  # pyright: ignore
+    given: Any = OmegaConf.to_container(overrides, resolve=False)
+    return list(given)
 
 
 def flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

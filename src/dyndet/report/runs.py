@@ -116,8 +116,9 @@ def image_folders(home: Path) -> list[Path]:
         settings, hydra = (_hydra_file(place, name) for name in ("config", "hydra"))
         start = Path(str(OmegaConf.select(OmegaConf.create(hydra), "hydra.runtime.cwd") or "."))
         data = settings.get("data")
-        for key in ("root", "config", "train_images", "val_images") if isinstance(data, dict) else ():
-            if isinstance(name := data.get(key), str) and "${" not in name and name != "???":
+        named = data if isinstance(data, dict) else {}
+        for key in ("root", "config", "train_images", "val_images"):
+            if isinstance(name := named.get(key), str) and "${" not in name and name != "???":
                 path = Path(os.path.abspath(start / Path(name)))  # noqa: PTH100 (links stay)
                 found.append(path.parent if path.suffix and not path.is_dir() else path)
         if place == home and isinstance(name := settings.get("ckpt"), str):
