@@ -37,6 +37,15 @@ def test_length_follows_the_number_of_images(epochs: int, steps: list[int], expe
     assert f"predictor.assigner.base_range={numbers['base']:g}" in line
 
 
+@pytest.mark.parametrize(("keys", "steps"), [
+    (["trainer.devices=2"], 5), (["trainer.devices=[0,1]", "trainer.num_nodes=2"], 2),
+    (["trainer.devices='0,1'", "trainer.accumulate_grad_batches=2"], 3), (["trainer.devices='1'"], 10),
+])  # fmt: skip
+def test_length_counts_images_of_all_processes(keys: list[str], steps: int) -> None:
+    numbers, line = followed(1, [30, 1000], "trainer.accelerator=cpu", *keys)
+    assert numbers["epochs"] == 30 // steps and f"of {steps} steps" in line
+
+
 def test_ranges_are_those_of_the_training_boxes() -> None:
     numbers, _ = followed(1, [1, 9])
     config = compose_experiment("shapes_dyn", SMALL)

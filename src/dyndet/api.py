@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from dyndet.checkpoints.read import Checkpoint, read_checkpoint, take_weights
@@ -31,6 +32,9 @@ def build_detector(experiment: str | None = None, overrides: Sequence[str] = ())
     config = compose_experiment(experiment, overrides)
     if config.backbone.get("weights") == "timm":
         config.backbone.weights = "none"
+    if OmegaConf.select(config, "data.num_classes", throw_on_missing=False) is None and "num_classes" in config.data:
+        what = "the defaults" if experiment is None else experiment
+        raise UserError(f'{what}: the number of classes comes from the data: add overrides=["data.num_classes=N"]')
     return build(config.detector).eval()
 
 

@@ -23,6 +23,7 @@ from dyndet.api import detector_from
 from dyndet.checkpoints.read import read_checkpoint, write_calibration
 from dyndet.cli.command import run
 from dyndet.cli.compose import build, fill
+from dyndet.cli.configured import count_of
 from dyndet.cli.device import device_of
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
@@ -45,8 +46,8 @@ def calibrate(config: DictConfig) -> Calibration:
     if config.data.batch_size is not None:
         saved.config.data.val_batch_size = None  # there is one batch size here
     fill(saved.config.data, config.data, "data")
-    if config.images is not None:
-        saved.config.data.max_val = config.images
+    if (images := count_of(config, "images")) is not None:
+        saved.config.data.max_val = images
     data: DetectionDataModule = build(saved.config.data.module)
     data.setup("validate")
     detector = detector_from(saved, impl=config.impl, fuse=True).to(device)

@@ -21,6 +21,7 @@ from dyndet.checkup.split import read_splits
 from dyndet.checkup.surroundings import unreadable_files
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
+from dyndet.cli.configured import count_of
 from dyndet.cli.from_data import follow_data
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.layouts.describe import describe
@@ -33,6 +34,7 @@ _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 def doctor(config: DictConfig) -> list[Finding]:
     """Prints and writes what is found; raises SystemExit(1) where there is an error among it."""
     console = Console(width=120, soft_wrap=True)
+    images = count_of(config, "images")
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     data: DetectionDataModule = build(config.data.module)
@@ -50,7 +52,7 @@ def doctor(config: DictConfig) -> list[Finding]:
         config.backbone.weights = "none"  # only what it is is asked for
     detector: Detector = build(config.detector)
     splits = read_splits(data.train, data.val)
-    opened = sum(len(split) if config.images is None else min(config.images, len(split)) for split in splits)
+    opened = sum(len(split) if images is None else min(images, len(split)) for split in splits)
     if text := describe(data):
         console.print(text, markup=False, highlight=False)
     for line in overview(splits):
@@ -59,13 +61,13 @@ def doctor(config: DictConfig) -> list[Finding]:
         splits,
         detector,
         data.val_transform,
-        images=config.images,
+        images=images,
         track=lambda items: track(items, total=opened, description="opening images", transient=True),
     )
     _write(findings, folder, console)
     if config.sheet:
         sheet = doctor_sheet(folder / "doctor.html", splits, findings, data)
-        console.print(f"pictures of the worst, and of training batches: {sheet}", highlight=False)
+        console.print(f"pictures of the worst, and of training batches: {sheet}", markup=False, highlight=False)
     if any(finding.severity == "error" for finding in findings):
         raise SystemExit(1)
     return findings
@@ -82,7 +84,7 @@ def _write(findings: list[Finding], folder: Path, console: Console) -> None:
     (folder / "doctor.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
     counts = {name: sum(finding.severity == name for finding in findings) for name in SEVERITIES}
     summary = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
-    console.print(f"{summary}; as json: {folder / 'doctor.json'}", highlight=False)
+    console.print(f"{summary}; as json: {folder / 'doctor.json'}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

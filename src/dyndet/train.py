@@ -24,6 +24,7 @@ from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
 from dyndet.lightning.joint import JointModule
 from dyndet.lightning.step2 import router_parts
+from dyndet.lightning.stopping import keep_ends
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.report.summary import print_summary
@@ -33,6 +34,7 @@ def train(config: DictConfig) -> dict[str, float]:
     """Runs one experiment and returns its last metrics."""
     seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = resume_path(config)
+    keep_ends(config)
     data = build(config.data.module)
     data.setup("fit")  # first: wrong paths show before anything slow, and the model gets the classes of the data
     if "num_classes" in config.data:
@@ -46,7 +48,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if "router_loss" in config:
         module, data = router_parts(config, data)
     else:
-        if config.init is not None and "weights" in config.backbone:
+        if not (config.init is None and checkpoint is None) and "weights" in config.backbone:
             config.backbone.weights = "none"  # they come from the checkpoint
         detector: Detector = build(config.detector)
         if config.init is not None and checkpoint is None:

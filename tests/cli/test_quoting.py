@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dyndet.cli.quoting import check_single, expand_home, flags_and_overrides, quote, read_paths
+from dyndet.cli.quoting import check_single, check_words, expand_home, flags_and_overrides, quote, read_paths
 from dyndet.errors import UserError
 
 KEYS = ["ckpt", "source", "data.root", "+data.val_annotations", "backbone.weights", "hydra.run.dir"]
@@ -101,6 +101,13 @@ def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_list_in_place_of_a_path_says_how_to_quote() -> None:
     with pytest.raises(UserError, match=r"ckpt must be one path.* in quotes twice, 'ckpt=\"\[...\]\"'"):
         check_single(OmegaConf.create({"ckpt": ["a"]}))
+
+
+def test_words_that_set_nothing_are_told() -> None:
+    check_words(["a=1", "-m", "--config-dir", "x", "~b", "--info", "config", "--cfg", "job"])
+    for line in (["shapes"], ["help"], ["data.root", "=", "photos"], ["data.root=", "photos"]):
+        with pytest.raises(UserError, match="sets nothing: write KEY=VALUE"):
+            check_words(line)
 
 
 def test_flags_may_stand_anywhere() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
+from dyndet.cli.compose import build, compose_experiment
 from dyndet.errors import UserError
 from dyndet.lightning import estimate
 from dyndet.lightning.estimate import Estimate, spoken
-from dyndet.lightning.stopping import EarlyStop, seconds_of
+from dyndet.lightning.stopping import EarlyStop, keep_ends, seconds_of
 from dyndet.metrics.average_precision import CocoMetric
 from tiny_runs import content, last, run
 
@@ -55,6 +56,29 @@ def test_early_stop_counts_validations_and_goes_on_with_more_patience(tmp_path: 
     run(tmp_path, "trainer.max_epochs=6", "early_stop=3", last(tmp_path))
     assert content(tmp_path)["global_step"] == 36 and content(tmp_path, "best")["global_step"] == 30
     assert len(scores) == 1
+
+
+@pytest.mark.parametrize(("keys", "steps"), [([], 12), (["data.val_images=3"], 6)])
+def test_the_best_of_another_validation_set_does_not_count(
+    tmp_path: Path, scores: list[float], keys: list[str], steps: int
+) -> None:
+    """The first run stops at 0.4; what is measured next is less."""
+    scores += [0.4, 0.3]
+    run(tmp_path, "trainer.max_epochs=1", "early_stop=2")
+    run(tmp_path, "trainer.max_epochs=2", "early_stop=2", last(tmp_path), *keys)
+    assert content(tmp_path, "best")["global_step"] == 18 - steps
+    assert known_best(tmp_path, "last") == pytest.approx(0.4 if steps == 12 else 0.3)
+
+
+@pytest.mark.parametrize("callbacks", ["[]", "[ema]", "[default]"])
+def test_ends_need_no_default_callbacks(callbacks: str) -> None:
+    config = compose_experiment("shapes_dyn", [f"callbacks={callbacks}", "early_stop=3", "time_limit=1h"])
+    keep_ends(config)
+    early, limit = build(config.callbacks.early_stop), build(config.callbacks.time_limit)
+    assert (early.patience, limit.seconds) == (3, 3600)
+    unset = compose_experiment("shapes_dyn", ["callbacks=[ema]"])
+    keep_ends(unset)
+    assert list(unset.callbacks) == ["ema"]
 
 
 def test_early_stop_can_begin_later_and_end() -> None:

@@ -62,11 +62,24 @@ def test_without_coco_the_way_out_is_named_at_once(tmp_path: Path) -> None:
         ("evaluate", ["ckpt=nowhere.ckpt"], ["nowhere.ckpt"]),
         ("evaluate", [], ["ckpt"]),
         ("report", ["runs=nowhere"], ["nowhere"]),
+        ("report", ["runs=[a,b]"], ["runs must be one path"]),
+        ("report", ["runs=nowhere", "full=x"], ["full=x: give a whole number"]),
+        ("doctor", ["images=all"], ["images=all: give a whole number"]),
+        ("train", ["ckpt_path=[a.ckpt]"], ["ckpt_path must be one path"]),
+        ("train", ["ckpt_path=nowhere/run/checkpoints/last.ckpt"], ["no such file"]),
+        ("train", ["data.size=abc"], ["abc", "a number of pixels"]),
+        ("train", ["data.root", "=", "photos"], ["'data.root' sets nothing: write KEY=VALUE, without spaces"]),
     ],
 )
 def test_mistakes_cost_one_line(tmp_path: Path, name: str, arguments: list[str], words: list[str]) -> None:
     (tmp_path / "notes.txt").write_text("no checkpoint")
     assert_one_line(forked(tmp_path, name, *arguments), *words)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_flag_takes_no_override_for_its_value(tmp_path: Path) -> None:
+    result = forked(tmp_path, "report", "runs=there", "--info")
+    assert result.returncode == 0 and "runs: there" in result.stdout, result.stderr
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def test_what_a_validation_left_reads_back(tmp_path: Path) -> None:
         (tmp_path / name).rename(tmp_path / "elsewhere" / name)
     assert read_validation(tmp_path) is None
     moved = read_validation(tmp_path / "elsewhere")
-    assert moved is not None and read_picture(moved.targets[3]) is not None
+    assert moved is not None and read_picture(moved.targets[3], below=[tmp_path]) is not None
 
 
 @pytest.mark.parametrize("text", ["[", "{}", '{"images": [{"id": 1}]}', "[1]"])
@@ -250,6 +250,35 @@ def test_pictures_that_moved_are_found_by_their_names(tmp_path: Path) -> None:
     )
     assert "img" not in gone.tags and "report again with images=FOLDER" in gone.text
     assert again.tags.count("img") > 10 and "images=FOLDER" not in again.text
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ("data: {root: null}", False),
+        ("data: {root: DATA}", True),
+        ("data: {root: DATA/data.yaml}", True),
+        ("ckpt: OTHER/checkpoints/best.ckpt", True),  # an evaluation
+        ("[", False),
+    ],
+)
+def test_pictures_come_from_the_run_or_its_data(tmp_path: Path, config: str, shown: bool) -> None:
+    """A folder that somebody sent may name any file."""
+    left_by_a_run(tmp_path / "data")
+    named = {"DATA": str(tmp_path / "data"), "OTHER": str(tmp_path / "other")}
+    for name, path in named.items():
+        config = config.replace(name, path)
+    make(tmp_path / "other", [], config=f"data: {{root: {tmp_path / 'data'}}}")
+    home = make(tmp_path / "run", [], numbers(0.4, 0.5), config)
+    facts = ImageFacts()
+    for index, target in enumerate(TARGETS):  # with absolute paths
+        facts.add(
+            found(index), replace(target, path=str(tmp_path / "data" / "images" / f"{index}.png")), (80, 100), NAMES
+        )
+    facts.write(home, NAMES)
+    runs = collect_runs(home)
+    page = Reader(report_page(runs, title="", x="macs/head_ratio", y="val/AP"))
+    assert ("img" in page.tags) == shown and ("images=FOLDER" in page.text) != shown
 
 
 def test_report_of_several_runs(tmp_path: Path) -> None:

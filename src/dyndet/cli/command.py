@@ -26,7 +26,7 @@ from dyndet.cli.compose import check_choices, config_source, explain
 from dyndet.cli.configured import about_a_value, check_ranges
 from dyndet.cli.folders import run_folder
 from dyndet.cli.jobs import run_job
-from dyndet.cli.quoting import check_single, expand_home, flags_and_overrides, raw, read_paths
+from dyndet.cli.quoting import check_single, check_words, expand_home, flags_and_overrides, raw, read_paths
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
 from dyndet.errors import UserError
@@ -37,11 +37,13 @@ _HARMLESS = (
     ".*dataloader is not resumable.*",  # it is: see data/sampler.py
     ".*module.s. in eval mode at the start of training.*",  # frozen parts
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
+    ".*recommended to use .self.log.*sync_dist=True.*",  # what is logged of a validation has been gathered
     # Hydra 1.4 of what goes in 1.5, which pyproject.toml leaves out: 1.3 has nothing else.
     ".*register_new_resolver.. is deprecated.*",
     "The version_base parameter is deprecated.*",
     "hydra.utils.instantiate.. resolved _target_='dyndet.cli.folders.*",
 )
+_VERBOSE = "DYNDET_FULL_ERROR"
 _OF_SWEEPS = ("hydra.sweep", "hydra.mode", "hydra.launcher", "hydra.sweeper", "hydra/launcher", "hydra/sweeper")
 
 
@@ -57,12 +59,17 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         sys.argv[1:], notes = current(sys.argv[1:])
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
+    try:
+        check_words(sys.argv[1:])
+    except UserError as error:
+        _fail(str(error))
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     flags, overrides = flags_and_overrides(sys.argv[1:])
-    sys.argv[1:], changed = read_paths([*flags, *overrides])
+    sys.argv[1:], changed = read_paths([*overrides, *flags])  # --info would take an override for its value
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # What the user wants: processes that join a run inherit both.
+    verbose = os.environ.setdefault(_VERBOSE, os.environ.get("HYDRA_FULL_ERROR", "")) == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions through to the handler below
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
@@ -142,7 +149,7 @@ def _standing_alone(running: Any) -> Iterator[None]:
     arguments = sys.argv[1:]
     flags = [flag for flag in flags_and_overrides(arguments)[0] if flag not in ("-m", "--multirun")]
     hydras = [item for item in raw(running.overrides.hydra) if not item.lstrip("+").startswith(_OF_SWEEPS)]
-    sys.argv[1:] = [*flags, *hydras, *raw(running.overrides.task)]
+    sys.argv[1:] = [*hydras, *raw(running.overrides.task), *flags]
     with read_write(running):
         running.run.dir = running.runtime.output_dir
     environment = dict(os.environ)

@@ -56,6 +56,19 @@ def check_ranges(config: DictConfig) -> None:
             raise UserError(f"{key} must be {wanted}, got {value}")
 
 
+def count_of(config: DictConfig, key: str, least: int = 1) -> int | None:
+    """A number of things, or None for all; "200" is one, too, as which a number beside a folder of its name is read.
+
+    Raises:
+        UserError: if it is something else.
+    """
+    value = config[key]
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if number is not None and (type(number) is not int or number < least):
+        raise UserError(f"{key}={value}: give a whole number from {least}, or null for all")
+    return number
+
+
 def about_a_value(error: Exception) -> str | None:
     """What an exception says of a configured value; None where it is about something else."""
     text = str(error)

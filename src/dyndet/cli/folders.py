@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -26,7 +28,9 @@ def resumed_run(name: str, ckpt_path: str | None) -> Path | None:
     """Folder of the run that `ckpt_path` goes on with; None where a new one begins."""
     if ckpt_path == "last":
         return latest_run(name)
-    path = Path(ckpt_path or "").expanduser()
+    if not isinstance(ckpt_path, str):  # a list is refused later
+        return None
+    path = Path(ckpt_path).expanduser()
     return path.parent.parent if path.parent.name == "checkpoints" and path.is_file() else None
 
 
@@ -62,6 +66,7 @@ class OwnFolders(Callback):
             rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
             if rank != "0":  # torchrun and srun start all processes alike; the first one's folder is the run's
                 settings.run.dir = tempfile.mkdtemp(prefix=f"dyndet_process_{rank}_")
+                atexit.register(shutil.rmtree, settings.run.dir, ignore_errors=True)
                 settings.output_subdir = None
             elif resumed_run(f"{config.get('name')}{config.get('step', '')}", config.get("ckpt_path")) is None:
                 settings.run.dir = str(claim(Path(settings.run.dir)))

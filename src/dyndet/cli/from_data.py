@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dyndet.data.box_sizes import base_range, reaches
@@ -45,10 +46,23 @@ def _length(config: DictConfig, data: DetectionDataModule) -> str:
     follow, trainer = config.get("follow"), config.trainer
     if follow is None or trainer.max_epochs is not None or trainer.max_steps != -1:
         return ""
-    batches = max(1, len(data.train) // data.batch_size)
+    batches = max(1, len(data.train) // (data.batch_size * _processes(trainer)))
+    each = math.ceil(batches / trainer.get("accumulate_grad_batches", 1))
     least, most = follow.steps
-    steps = min(max(follow.epochs * batches, least), most)
-    trainer.max_epochs = math.ceil(steps / batches)
+    steps = min(max(follow.epochs * each, least), most)
+    trainer.max_epochs = math.ceil(steps / each)
     if trainer.check_val_every_n_epoch is None and trainer.val_check_interval is None:
         trainer.check_val_every_n_epoch = max(1, trainer.max_epochs // follow.validations)
-    return f"trainer.max_epochs={trainer.max_epochs} of {batches} steps"
+    return f"trainer.max_epochs={trainer.max_epochs} of {each} steps"
+
+
+def _processes(trainer: Any) -> int:
+    """How many a trainer will have, as far as its configuration says: devices by number, names, or all there are."""
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if devices in ("auto", -1):
+        devices = 1 if trainer.get("accelerator") == "cpu" else max(torch.cuda.device_count(), 1)
+    if isinstance(devices, str):
+        devices = [name for name in devices.split(",") if name.strip()]
+    return max(devices if isinstance(devices, int) else len(devices), 1) * trainer.get("num_nodes", 1)

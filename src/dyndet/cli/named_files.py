@@ -22,15 +22,13 @@ def named_files(config: Any) -> list[list[Any]]:
         config: resolved, as plain containers. Of the folder `data.root`, annotations count.
     """
     paths = sorted({Path(text) for text in _texts(config) if 0 < len(text) < 1000 and "\0" not in text})
-    found = [item for path in paths if (item := _described(path)) is not None]
     data = config.get("data")
     root = data.get("root") if isinstance(data, dict) else None
     if isinstance(root, str):
-        files = islice(_annotations(Path(root)), MOST)
-        found += [item for path in files if (item := _described(path)) is not None]
+        paths += islice(_annotations(Path(root)), MOST)
     if config.get("ckpt_path") == "last" and (run := latest_run(f"{config.get('name')}{config.get('step', '')}")):
-        found += [_described(run / "checkpoints" / "last.ckpt")]
-    return found
+        paths.append(run / "checkpoints" / "last.ckpt")
+    return [item for path in paths if (item := _described(path)) is not None]
 
 
 def _texts(node: Any) -> Iterator[str]:

@@ -32,9 +32,10 @@ def quote(text: str) -> str:
     return QuotedString(literal, Quote.single if '"' in literal and "'" not in literal else Quote.double).with_quotes()
 
 
-def raw(overrides: ListConfig) -> list[str]:
+def raw(overrides: Sequence[str]) -> list[str]:
     """Hydra's own list of overrides as they were given: what they refer to may not be known yet, or lie elsewhere."""
-    return [str(item) for item in OmegaConf.to_container(overrides, resolve=False)]  # pyright: ignore
+    given: Any = OmegaConf.to_container(overrides, resolve=False)
+    return list(given)
 
 
 def flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -44,6 +45,18 @@ def flags_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]
         is_flag = argument.startswith("-") or before in _WITH_VALUE or not ("=" in argument or argument[0:1] == "~")
         (flags if is_flag else overrides).append(argument)
     return flags, overrides
+
+
+def check_words(arguments: Sequence[str]) -> None:
+    """Whether every argument is a flag, the value of one, or sets a key.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_value = before in (*_WITH_VALUE, "--info", "-i")
+        if not (argument.startswith(("-", "~")) or is_value or "=" in argument):
+            raise UserError(f"{argument!r} sets nothing: write KEY=VALUE, without spaces around the =; --help has keys")
 
 
 def read_paths(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -76,7 +89,7 @@ def check_single(config: DictConfig) -> None:
     Raises:
         UserError: with the quoting that makes a path of what Hydra reads as a list.
     """
-    for key in ("ckpt", "ckpt_path", "init", "out"):
+    for key in ("ckpt", "ckpt_path", "init", "runs", "out"):
         value = config.get(key)
         if OmegaConf.is_config(value):
             raise UserError(f"{key} must be one path, got {value}: {advice_on_brackets(key)}")

@@ -53,7 +53,7 @@ What people set:
   backbone=resnet50                 what turns pixels into features
   data.size=640                     input size in pixels
   data.batch_size=8                 images per step and process
-  trainer.max_epochs=12             how long; or trainer.max_steps=..., trainer.max_time=00:01:30:00
+  trainer.max_epochs=12             how long; or trainer.max_steps=..., time_limit=1h30m
   optim.optimizer.lr=0.005          the learning rate at its peak
   budget.weight=0.1                 the price of compute, for heads with gates
   trainer.devices=2 trainer.precision=16-mixed

@@ -94,7 +94,9 @@ class ShapesDataset:
         hard_fraction: float = 0.5,
         load_masks: bool = False,
     ) -> None:
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = sides = (size, size) if isinstance(size, int) or len(size) != 2 else size
+        if not all(isinstance(side, int) for side in sides):
+            raise UserError(f"size={size} of generated shapes: give a number of pixels, or [height, width]")
         if not 1 <= num_classes <= len(KINDS):
             raise UserError(f"num_classes is {num_classes}, but there are {len(KINDS)} shapes: choose 1..{len(KINDS)}")
         if min(height, width) < 32:

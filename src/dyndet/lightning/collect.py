@@ -42,6 +42,10 @@ class Collect(Callback):
         self.seconds = 0.0
         self._started = 0.0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.folder is not None:  # processes that torchrun or srun started have others
+            self.folder = trainer.strategy.broadcast(self.folder)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.facts, self.seconds = ImageFacts(), 0.0
 

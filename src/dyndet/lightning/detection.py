@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dyndet.lightning.going_on import align_data, continue_optimizer, parameter_names
+from dyndet.lightning.going_on import align_data, continue_optimizer, forget_scores, parameter_names
 from dyndet.lightning.optim import warmup
 from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
@@ -108,6 +108,7 @@ class DetectionModule(LightningModule):
         if "current_model_state" in checkpoint and not averaging:  # the average is given up, not what was trained
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         align_data(checkpoint, trainer)
+        forget_scores(checkpoint, self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.build_optimizer is None:

@@ -70,6 +70,35 @@ def align_data(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             current[count] += place - batches
 
 
+def forget_scores(checkpoint: dict[str, Any], module: LightningModule) -> None:
+    """Drops what is the best so far where it was measured on another validation set, or in another size.
+
+    Args:
+        checkpoint: changed in place.
+        module: of the run that goes on.
+    """
+    then, now = (
+        (config or {}).get("data") or {}
+        for config in (checkpoint["dyndet"].get("config"), getattr(module, "config", None))
+    )
+    changed = [key for key in now if _of_validation(key) and key in then and then[key] != now[key]]
+    states = checkpoint.get("callbacks", {})
+    scores = [
+        key for key, state in states.items() if "best_score" in state or state.get("best_model_score") is not None
+    ]
+    if changed and scores:
+        for key in scores:
+            del states[key]
+        keys = ", ".join(f"data.{key}" for key in changed)
+        rank_zero_info(f"{keys}: the validation set is another one, so that the best score so far does not count")
+
+
+def _of_validation(key: str) -> bool:
+    return key in ("max_val", "size", "max_size", "hard_fraction") or (
+        key.startswith("val") and key != "val_batch_size"
+    )
+
+
 def _window(checkpoint: dict[str, Any]) -> int:
     """Batches per step of the run that wrote a checkpoint."""
     trainer = (checkpoint["dyndet"].get("config") or {}).get("trainer") or {}

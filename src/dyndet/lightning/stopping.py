@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig, OmegaConf
 
 from dyndet.errors import UserError
 
@@ -81,6 +82,18 @@ class TimeLimit(Callback):
         if trainer.strategy.reduce_boolean_decision(spent, all=False):  # all processes end, or none
             trainer.should_stop = True
             rank_zero_info(f"time_limit={self.limit} is reached at step {trainer.global_step}: ckpt_path=last goes on")
+
+
+def keep_ends(config: DictConfig) -> None:
+    """Adds to a configuration's callbacks those of `early_stop` and `time_limit`, if these are set and a choice of
+    `callbacks` leaves them out.
+    """
+    for key, kind, argument in (("early_stop", EarlyStop, "patience"), ("time_limit", TimeLimit, "limit")):
+        target = f"{kind.__module__}.{kind.__qualname__}"
+        there = any(item and item.get("_target_") == target for item in (config.get("callbacks") or {}).values())
+        if config.get(key) is not None and not there:
+            added = {"_target_": target, argument: f"${{{key}}}"}
+            OmegaConf.update(config, f"callbacks.{key}", added, force_add=True)
 
 
 def seconds_of(limit: str | int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dyndet.cli.command import run
+from dyndet.cli.configured import count_of
 from dyndet.report.overview import report_page
 from dyndet.report.runs import collect_runs, compute_number
 from dyndet.report.tables import pareto_plot, report_table
@@ -14,6 +16,8 @@ from dyndet.report.tables import pareto_plot, report_table
 
 def report(config: DictConfig) -> Path:
     """Writes `report.html`, `report.md` and `pareto.png` and prints the table."""
+    counts = (count_of(config, key, least=0) for key in ("full", "pictures"))
+    full, pictures = (sys.maxsize if count is None else count for count in counts)
     runs = collect_runs(config.runs)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,8 +33,8 @@ def report(config: DictConfig) -> Path:
         x=x,
         y=config.y,
         ignore=apart,
-        full=config.full,
-        pictures=config.pictures,
+        full=full,
+        pictures=pictures,
         images=config.images,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")

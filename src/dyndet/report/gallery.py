@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +27,14 @@ class Gallery:
         found: of the validation.
         folder: where image files lie by their names, when they are not where they were.
         count: of pictures in a row.
+        below: folders in which image files may lie, see `read_picture`.
     """
 
-    def __init__(self, found: Findings, folder: str | Path | None = None, *, count: int = 10) -> None:
+    def __init__(
+        self, found: Findings, folder: str | Path | None = None, *, count: int = 10, below: Sequence[Path] = ()
+    ) -> None:
         self.found = found
+        self.below = below
         self.folder = folder
         self.count = count
         self.gone = 0
@@ -81,14 +85,15 @@ class Gallery:
         for index, draw in items:
             if len(shown) >= count or self.gone > TRIES:
                 break
-            image = read_picture(self.found.targets[index], self.folder)
+            image = read_picture(self.found.targets[index], self.folder, self.below)
             self.gone += image is None
             shown += [] if image is None else [draw(image)]
         if shown:
             return cards(*shown, small=True)
         if not self.gone:
             return paragraph("None.")
-        return paragraph("The image files are not where they were: report again with images=FOLDER.", kind="problem")
+        text = "The image files are not where they were, or lie outside of the run and its data: report again with "
+        return paragraph(f"{text}images=FOLDER.", kind="problem")
 
     def _mistake(self, item: Mistake, image: Image.Image) -> Html:
         target, names = self.found.targets[item.image], self.found.names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,16 +21,20 @@ Outline = tuple[Sequence[float], Color]
 """A box, xyxy in pixels of the image on disk, and its colour."""
 
 
-def read_picture(target: Target, folder: str | Path | None = None) -> Image.Image | None:
+def read_picture(target: Target, folder: str | Path | None = None, below: Sequence[Path] = ()) -> Image.Image | None:
     """The image of a target; None if its file is gone.
 
     Args:
         target: with a path.
         folder: where the file may lie by its name, when it is not at its path.
+        below: folders in which paths may lie: a run of somebody else could name any file.
     """
-    paths = [Path(target.path)] if target.path else []
-    if paths and folder is not None:
-        paths.append(Path(folder) / paths[0].name)
+    if not target.path:
+        return None
+    path = Path(os.path.abspath(target.path))  # noqa: PTH100 (links stay: data sets consist of them)
+    paths = [path] if any(path.is_relative_to(root) for root in below) else []
+    if folder is not None:
+        paths.append(Path(folder) / path.name)
     for path in paths:
         try:
             return to_picture(read_image(path))

@@ -12,7 +12,7 @@ from dyndet.report.findings import Findings
 from dyndet.report.gallery import Gallery, preview_section
 from dyndet.report.history import History, line_of
 from dyndet.report.page import Content, Html, cards, details, facts, figure, paragraph, section, small, table
-from dyndet.report.runs import Run
+from dyndet.report.runs import Run, image_folders
 from dyndet.report.spending import compute_section
 
 ACCURACIES = {"val/AP": "AP", "val/AP50": "AP50", "val/AP75": "AP75", "val/segm/AP": "mask AP"}
@@ -39,7 +39,7 @@ def run_sections(
         "gates": preview_section(run.folder, f"{prefix}gates"),
     }
     if found is not None:
-        gallery = Gallery(found, images, count=pictures)
+        gallery = Gallery(found, images, count=pictures, below=image_folders(run.folder))
         parts |= {
             "classes": class_section(found, metrics, f"{prefix}classes"),
             "confusion": confusion_section(found, f"{prefix}confusion"),

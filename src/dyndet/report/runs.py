@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,34 @@ def logs_of(home: Path, homes: set[Path]) -> list[Path]:
     """The `metrics.csv` of a run, newest first, without those of other runs that lie in its folder."""
     mine = [path for path in home.rglob("metrics.csv") if _owner(path, homes) == home]
     return sorted(mine, key=lambda path: (path.stat().st_mtime, _natural(path, home)), reverse=True)
+
+
+def image_folders(home: Path) -> list[Path]:
+    """Where images of a run's validation may lie: in its folder, and in those that its configuration names as data; of
+    an evaluation also where those of the checkpoint's run may.
+    """
+    homes, found = [home], [home.absolute()]
+    for place in homes:
+        settings, hydra = (_hydra_file(place, name) for name in ("config", "hydra"))
+        start = Path(str(OmegaConf.select(OmegaConf.create(hydra), "hydra.runtime.cwd") or "."))
+        data = settings.get("data")
+        named = data if isinstance(data, dict) else {}
+        for key in ("root", "config", "train_images", "val_images"):
+            if isinstance(name := named.get(key), str) and "${" not in name and name != "???":
+                path = Path(os.path.abspath(start / Path(name)))  # noqa: PTH100 (links stay)
+                found.append(path.parent if path.suffix and not path.is_dir() else path)
+        if place == home and isinstance(name := settings.get("ckpt"), str):
+            homes.append((start / name).parent.parent)
+    return found
+
+
+def _hydra_file(home: Path, name: str) -> dict[str, Any]:
+    """What Hydra kept of a run; nothing where that cannot be read."""
+    try:
+        content = _yaml(home / ".hydra" / f"{name}.yaml")
+    except Exception:  # whatever a half-written file brings
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read_run(home: Path, root: Path, homes: set[Path]) -> Run:

@@ -53,7 +53,7 @@ def print_summary(
             highlight=False,
         )
     if folder is not None:
-        console.print(f"run folder: {folder}", highlight=False)
+        console.print(f"run folder: {folder}", markup=False, highlight=False)
 
 
 def _densities(report: ComputeReport) -> Table:
