@@ -73,7 +73,7 @@ def test_arguments_are_named_as_such() -> None:
     checked = 0
     for module in MODULES:
         for line, text in messages(module):
-            for name in ARGUMENT.findall(re.sub(r"data\.[a-z_.]+=", "", text)):
+            for name in ARGUMENT.findall(re.sub(r"data\.[a-z_.]+=|video={}", "", text)):
                 known = name in arguments(module) if "in Python" in text else name in commands
                 assert known, f"{module}.py line {line}: {name}= in {text!r}"
                 checked += 1

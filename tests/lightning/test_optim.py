@@ -17,7 +17,7 @@ from dyndet.lightning.optim import WarmupCosine, build_optimizer, one_cycle, war
 
 
 def test_published_weight_decay_exceptions() -> None:
-    detector = build_detector("shapes_dyn")
+    detector = build_detector("shapes_dyn", ["head.depth=2"])
     optimizer = build_optimizer(
         detector,
         optimizer=partial(SGD, momentum=0.9),

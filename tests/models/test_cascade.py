@@ -321,4 +321,4 @@ def test_links_that_cannot_be_say_so() -> None:
     with pytest.raises(UserError, match="first_link=0"):
         build_detector("shapes_dy_tiny", ["detector.first_link=0"])
     with pytest.raises(UserError, match="stage by stage"):
-        build_detector("shapes_dy_tiny", ["backbone.name=hrnet_w18_small"])
+        build_detector("shapes_dy_tiny", ["backbone=tiny", "backbone.name=hrnet_w18_small"])
