@@ -96,7 +96,7 @@ class ShapesDataset:
     ) -> None:
         height, width = sides = (size, size) if isinstance(size, int) or len(size) != 2 else size
         if not all(isinstance(side, int) for side in sides):
-            raise UserError(f"size={size} of generated shapes: give a number of pixels, or [height, width]")
+            raise UserError(f"data.size={size} of generated shapes: give a number of pixels, or [height, width]")
         if not 1 <= num_classes <= len(KINDS):
             raise UserError(f"num_classes is {num_classes}, but there are {len(KINDS)} shapes: choose 1..{len(KINDS)}")
         if min(height, width) < 32:
