@@ -176,8 +176,8 @@ def test_what_was_found_is_told_in_a_few_lines(tmp_path: Path) -> None:
     text = describe(module_of("data=auto", f"data.root={tmp_path}", "data.batch_size=2"))
     assert len(text.splitlines()) <= 8 and "python" not in text
     for words in (
-        f"COCO json (train/_annotations.coco.json) in {tmp_path}", "classes (2): apple 4, pear 6",
-        "7 images, 10 boxes", "2 images, 2 boxes, held out of the training images", "data.val_share=0.2",
+        f"COCO json (train/_annotations.coco.json) in {tmp_path}", "classes (2): apple 3, pear 6",
+        "7 images, 9 boxes", "2 images, 3 boxes, held out of the training images", "data.val_share=0.2",
         "short edge 640, long edge at most 1066; data.size=640",
     ):  # fmt: skip
         assert words in text, text
