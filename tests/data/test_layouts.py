@@ -336,10 +336,11 @@ def test_what_is_no_split_trains_beside_others(name: str, tmp_path: Path) -> Non
 def test_voc_trainval_is_called_by_its_name(tmp_path: Path) -> None:
     cases.pictures(tmp_path / "JPEGImages", range(6))
     cases.pages(tmp_path / "Annotations", range(6))
-    for split, indices in (("trainval", range(4)), ("test", (4, 5))):
+    for split, indices in (("trainval", range(4)), ("test", (4, 5)), ("apple_trainval", range(4))):
         cases.write(tmp_path / f"ImageSets/Main/{split}.txt", "".join(f"{cases.stem(i)}\n" for i in indices))
     folder = DataFolder(tmp_path, train_split="trainval", val_split="test")
     assert [cases.indices_of(folder.read(part)) for part in ("train", "val")] == [{0, 1, 2, 3}, {4, 5}]
+    assert set(folder.found.splits) == {"train", "test"}
 
 
 def test_classes_kept_do_not_change_who_validates(tmp_path: Path) -> None:
