@@ -176,8 +176,8 @@ def test_what_was_found_is_told_in_a_few_lines(tmp_path: Path) -> None:
     text = describe(module_of("data=auto", f"data.root={tmp_path}", "data.batch_size=2"))
     assert len(text.splitlines()) <= 8 and "python" not in text
     for words in (
-        f"COCO json (train/_annotations.coco.json) in {tmp_path}", "classes (2): apple 4, pear 6",
-        "7 images, 10 boxes", "2 images, 2 boxes, held out of the training images", "data.val_share=0.2",
+        f"COCO json (train/_annotations.coco.json) in {tmp_path}", "classes (2): apple 3, pear 6",
+        "7 images, 9 boxes", "2 images, 3 boxes, held out of the training images", "data.val_share=0.2",
         "short edge 640, long edge at most 1066; data.size=640",
     ):  # fmt: skip
         assert words in text, text
@@ -336,10 +336,11 @@ def test_what_is_no_split_trains_beside_others(name: str, tmp_path: Path) -> Non
 def test_voc_trainval_is_called_by_its_name(tmp_path: Path) -> None:
     cases.pictures(tmp_path / "JPEGImages", range(6))
     cases.pages(tmp_path / "Annotations", range(6))
-    for split, indices in (("trainval", range(4)), ("test", (4, 5))):
+    for split, indices in (("trainval", range(4)), ("test", (4, 5)), ("apple_trainval", range(4))):
         cases.write(tmp_path / f"ImageSets/Main/{split}.txt", "".join(f"{cases.stem(i)}\n" for i in indices))
     folder = DataFolder(tmp_path, train_split="trainval", val_split="test")
     assert [cases.indices_of(folder.read(part)) for part in ("train", "val")] == [{0, 1, 2, 3}, {4, 5}]
+    assert set(folder.found.splits) == {"train", "test"}
 
 
 def test_classes_kept_do_not_change_who_validates(tmp_path: Path) -> None:

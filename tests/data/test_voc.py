@@ -60,6 +60,12 @@ def test_images_without_objects_can_be_left_out(tmp_path: Path) -> None:
     assert VocDataset(root, skip_empty=True)[0].target.image_id == 2  # ids stay
 
 
+@pytest.mark.parametrize("text", ["", "Unspecified", "0"])
+def test_difficult_may_be_unsaid(text: str, tmp_path: Path) -> None:
+    root = write(tmp_path, {"a": page(item("cat", extra=f"<difficult>{text}</difficult>"))}, {"train": "a"})
+    assert VocDataset(root).records[0].crowd.tolist() == [False]
+
+
 def test_difficult_objects_are_crowd_or_left_out(tmp_path: Path) -> None:
     root = write(tmp_path, PAGES, SPLITS)
     assert VocDataset(root)[1].target.crowd.tolist() == [False, True]

@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dyndet.data.layouts.folder import DataFolder
 from dyndet.data.yolo import YoloDataset
+from dyndet.data.yolo_config import YoloConfig
 from dyndet.errors import DataError
 
 NAMES = "names: [cat, dog]\n"
@@ -100,6 +102,61 @@ def test_a_yaml_may_name_folders_beside_it_or_of_another_machine(tmp_path: Path)
         assert record.path == tmp_path / "set" / "images" / "train" / "a.png" and len(record.boxes) == 1
 
 
+def test_a_folder_that_names_a_split_is_never_left_out(tmp_path: Path) -> None:
+    """`../valid/images`, which is not there, is no reason to validate on what trains."""
+    write(tmp_path / "train", {"a": "0 0.5 0.5 0.2 0.4", "b": "0 0.5 0.5 0.2 0.4"})
+    for val in ("../valid/images", "/home/somebody/valid/images", "images/val", "valid"):
+        (tmp_path / "train" / "data.yaml").write_text(f"{NAMES}train: images/train\nval: {val}\n")
+        folder = DataFolder(tmp_path / "train")
+        paths = [{record.path for record in folder.read(part).records} for part in ("train", "val")]
+        assert [len(part) for part in paths] == [1, 1] and not paths[0] & paths[1]
+        assert any("does not exist and is left out" in note for note in folder.found.notes)
+
+
+def test_a_named_folder_goes_before_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path / "set", {"mine": "0 0.5 0.5 0.2 0.4"}, f"{NAMES}train: ../images/train\n")
+    write(tmp_path, {"other": "0 0.5 0.5 0.2 0.4"})
+    (record,) = YoloDataset(tmp_path / "set" / "data.yaml", root=tmp_path / "set").records
+    assert record.path.stem == "mine"
+    (tmp_path / "set" / "images").rename(tmp_path / "set" / "gone")
+    config = YoloConfig.read(tmp_path / "set" / "data.yaml")
+    assert [path.stem for path in config.images("train")] == ["other"]
+    assert config.notes == [f"../images/train of data.yaml lies outside of {tmp_path}/set: {tmp_path}/images/train"]
+
+
+def test_yamls_as_their_tools_write_them(tmp_path: Path) -> None:
+    file = write(tmp_path, {"a": "1 0.5 0.5 0.2 0.4"})
+    script = "".join(f"  step {number} / of a script\n" for number in range(300))
+    file.write_text(f"names: [yes, no]\nnc: '2'\ntrain: images/train\nflip_idx: [0, 1]\ndownload: |\n{script}")
+    assert [category.name for category in YoloDataset(file).categories] == ["yes", "no"]
+    assert YoloConfig.read(file).splits() == ["train"]
+    file.write_text(f"{NAMES}path: ~nobody-of-this-name/set\ntrain: [images/train, images/more]\n")
+    with pytest.raises(DataError, match=r"images/more, which does not exist"):
+        YoloDataset(file)
+
+
+def test_keypoints_after_a_box_are_no_polygon(tmp_path: Path) -> None:
+    pose = "0 0.5 0.5 0.2 0.4 " + " ".join(["0.1 0.9"] * 3)
+    file = write(tmp_path, {"a": pose}, f"{NAMES}kpt_shape: [3, 2]\ntrain: images/train\n")
+    torch.testing.assert_close(YoloDataset(file)[0].target.boxes, torch.tensor([[40.0, 15, 60, 35]]))
+    (tmp_path / "labels" / "train" / "a.txt").write_text(f"{pose} 0.1 0.9")
+    with pytest.raises(DataError, match=r"line 1 .* and 6 numbers of keypoints"):
+        YoloDataset(file)
+    file.write_text(f"{NAMES}kpt_shape: 17\ntrain: images/train\n")
+    with pytest.raises(DataError, match=r"has kpt_shape '17'"):
+        YoloDataset(file)
+
+
+def test_flat_labels_of_two_folders_belong_to_none(tmp_path: Path) -> None:
+    file = write(tmp_path, {"a": None})
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.2 0.4")
+    assert len(YoloDataset(file)[0].target.boxes) == 1
+    (tmp_path / "images" / "val").mkdir()
+    Image.new("RGB", (100, 50)).save(tmp_path / "images" / "val" / "a.png")
+    with pytest.raises(DataError, match="has labels"):
+        YoloDataset(file)
+
+
 def test_lists_stay_in_the_declared_folders(tmp_path: Path) -> None:
     file = write(tmp_path / "set", {"a": "0 0.5 0.5 0.2 0.4"}, NAMES + "train: list.txt\n")
     Image.new("RGB", (100, 50)).save(tmp_path / "secret.png")
@@ -172,7 +229,7 @@ def test_bad_boxes_are_mended_counted_and_named(
         ("0.5 0.5 0.5 0.2 0.4", "is '0.5 0.5"),
         ("nan 0.5 0.5 0.2 0.4", "is 'nan"),
         ("0 0.5 0.5 0.2", "is '0 0.5"),
-        ("0 0.5 0.5 0.2 0.4 0.9", "is '0 0.5"),
+        ("0 0.5 0.5 0.2 0.4 0.9", "is '0 0.5.*looks like a score"),
         ("0 0.5 0.5 0.2 0.4 0.9 1 1", "is '0 0.5"),
         ("dog 0.5 0.5 0.2 0.4", "is 'dog"),
         ("0" + " 0.5" * 50_001, "is '0 0.5"),

@@ -35,6 +35,7 @@ class VocImages:
             for listing in tree.with_images()
             if not roots or any(listing.path.is_relative_to(root) for root in roots)
         ]
+        self._paths = {listing.path for listing in self.listings}
         self._ends: dict[tuple[str, ...], list[Listing]] = defaultdict(list)
         for listing in self.listings:
             parts = self._parts(listing.path)
@@ -83,7 +84,7 @@ class VocImages:
         stems = [name[:-4] for name in xml.others[".xml"]]
         stems = stems[:: max(1, len(stems) // _SAMPLE)]
         parts = self._parts(xml.path)
-        same = [listing for listing in self.listings if listing.path == xml.path]
+        same = [xml] if xml.images and xml.path in self._paths else []
         ends = [self._ends[parts[k:]] for k in range(len(parts)) if parts[k:] in self._ends]
         for places in [same, *ends]:
             places = self._of_split(places, xml.path / "x")

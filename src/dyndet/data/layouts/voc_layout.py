@@ -154,7 +154,7 @@ def _lists(folders: list[Listing]) -> dict[str, list[Path]]:
     for folder in folders:
         names = {name[:-4]: folder.path / name for name in folder.others.get(".txt", [])}
         words = {stem: split_word(stem) for stem in names}
-        for stem in sorted(stem for stem in names if words[stem] is None or stem.lower().isalpha()):
+        for stem in sorted(stem for stem in names if stem.isalpha() or not (words[stem] or stem.endswith("_trainval"))):
             found.setdefault(words[stem] or stem, []).append(names[stem])
     return found
 
