@@ -32,8 +32,8 @@ fcos_d8_coarse fcos_d8_dyn fcos_d8_dyn_high fcos_d8_dyn_low fcos_d8_gate_depth f
 fcos_d8_retanh fcos_d8_softmax fcos_d8_tau0_5 fcos_d8_tau1_0 fcos_d8_tau2_0 fcos_r101 fcos_r101_d8_dyn fcos_r50
 fcos_r50_mmdet fcos_r50_mmdet_plain finetune freeanchor_r50 freeanchor_r50_dyn mask_rcnn_r50 mask_rcnn_swins
 mask_rcnn_swint retinanet_r50 retinanet_r50_dyn retinanet_swint_dyn shapes_atss shapes_dy_tiny shapes_dy_yolo
-shapes_dyhead shapes_dyhead_dyn shapes_dyn shapes_faster_rcnn shapes_mask_rcnn shapes_retinanet shapes_static yolov7 yolov7w6
-yolov7x
+shapes_dyhead shapes_dyhead_dyn shapes_dyn shapes_faster_rcnn shapes_mask_rcnn shapes_retinanet shapes_static yolov7
+yolov7w6 yolov7x
 """
 """All that ever had a name."""
 
