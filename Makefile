@@ -5,7 +5,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types bench bench-gpu kernels wheel clean
+.PHONY: help setup train test lint types docs bench bench-gpu kernels wheel clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 12
@@ -15,6 +15,7 @@ setup: $(READY)  ## create .venv with dyndet and its development tools
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then uv venv --quiet --allow-existing --python $(PYTHON) .venv; \
 	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv; fi
+	@rm -rf dyndet.egg-info  # of installations before: their record would be found in place of the new one
 	@uv=$$(command -v uv || echo $(BIN)/uv); \
 	$$uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)
@@ -31,6 +32,10 @@ lint: $(READY)  ## ruff: style and formatting
 
 types: $(READY)  ## pyright
 	$(BIN)/pyright
+
+docs: $(READY)  ## build the pages of docs/ into site/; a broken link fails
+	$(BIN)/zensical build --clean --strict
+	@echo "open site/index.html"
 
 bench: $(READY)  ## dense against sparse execution on this CPU, checked against the goals
 	rm -f outputs/bench_cpu.jsonl
@@ -50,4 +55,4 @@ wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --installer uv
 
 clean:  ## remove what make and runs have made, except outputs/
-	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .cache *.egg-info src/*.egg-info .pytest_cache .ruff_cache .hypothesis

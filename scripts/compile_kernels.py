@@ -33,8 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dyndet import kernels
-
-launch = kernels.launch
+from dyndet.kernels import configs, launch
 
 # Multiprocessors of an A100 and an H200, and the bytes of shared memory a program may take: for sm_80 those of 8.6
 # and 8.9, which run the same table.
@@ -90,7 +89,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 def hints() -> list[float]:
     """Densities that reach every entry of the tables."""
-    tables = (kernels.configs.CONV, kernels.configs.WEIGHT_GRAD)
+    tables = (configs.CONV, configs.WEIGHT_GRAD)
     limits = {limit for table in tables for entries in table.values() for limit, _ in entries}
     return sorted(min(limit / POSITIONS, 1.0) for limit in limits)
 

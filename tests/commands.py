@@ -12,7 +12,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import dyndet.convert.__main__
+import dyndet.doctor
 import dyndet.evaluate
+import dyndet.predict
 import dyndet.report.__main__
 import dyndet.train  # noqa: F401  what is forked has them
 

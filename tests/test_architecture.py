@@ -11,17 +11,17 @@ PACKAGE = ROOT / "src" / "dyndet"
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ("errors", "layout", "routing", "structures"),
+    ("errors", "layout", "moved", "routing", "structures", "inputs"),
     ("ops", "kernels"),
     ("models",),
     ("data",),
-    ("metrics", "report"),
+    ("metrics", "report", "checkup"),
     ("speeds",),
     ("cli", "conf"),
     ("checkpoints",),
     ("lightning",),
     ("api",),
-    ("train", "evaluate", "predict", "calibrate", "convert", "report.__main__"),
+    ("train", "evaluate", "predict", "calibrate", "convert", "doctor", "report.__main__", "__main__"),
 ]
 MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -271,7 +271,7 @@ def test_variants_of_a_size() -> None:
 
 
 def test_lists_of_choices_hold_choices() -> None:
-    top = {group for group in GROUPS if "/" not in group} | {"callbacks", "experiment", "logger", "router"}
+    top = {group for group in GROUPS if "/" not in group} | {"callbacks", "experiment", "logger", "router", "sweep"}
     assert set(SOURCE.list("", ObjectType.GROUP)) == top
     assert "files" not in SOURCE.list("data", ObjectType.CONFIG) and "rpn" not in SOURCE.list("predictor", None)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dyndet import moved
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "build_detector", "load_detector", "load_release"]
 
 if TYPE_CHECKING:
     from dyndet.api import build_detector, load_detector
     from dyndet.convert import load_release
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,10 @@ class DataError(UserError):
     """A dataset file, image or annotation that cannot be used."""
 
 
+class MissingDataError(DataError):
+    """Data that is not where it was looked for."""
+
+
 class DivergedError(UserError):
     """Training that cannot recover."""
 

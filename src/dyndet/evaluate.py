@@ -22,10 +22,10 @@ from dyndet.cli.command import run
 from dyndet.cli.compose import build, fill
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
-from dyndet.lightning.callbacks import Collect, Progress
+from dyndet.lightning.callbacks import Progress
+from dyndet.lightning.collect import Collect
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.compute import ComputeReport
-from dyndet.metrics.export import write_results
 from dyndet.models.detectors.base import Detector, TwinnedHead, routed_part
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.detectors.pyramid import PyramidDetector
@@ -40,6 +40,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if config.data.batch_size is not None:
         saved.config.data.val_batch_size = None  # there is one batch size here
     fill(saved.config.data, config.data, "data")
+    if "num_classes" in saved.config.data.module:
+        saved.config.data.module.num_classes = None  # other categories are named below
     data = build(saved.config.data.module)
     data.setup("validate")
     if data.categories != saved.categories:
@@ -49,7 +51,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if config.timing and not isinstance(head, TwinnedHead):
         raise UserError(f"timing={config.timing}: this detector's head has no fixed twin to compare its time with")
     module = DetectionModule(detector, categories=data.categories)
-    collected = Collect(data.categories)
+    folder = Path(config.output_dir)
+    collected = Collect(folder, masks=True)
     precision = config.trainer.precision or saved.config.trainer.precision
     if OmegaConf.is_config(precision):  # the trainer would build it, and of a file's trainer nothing is checked
         raise UserError(f"{config.ckpt}: trainer.precision must be a word or a number: set trainer.precision=32-true")
@@ -59,7 +62,6 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     report = module.compute.compute()
     if trainer.is_global_zero:
-        folder = Path(config.output_dir)
         print_summary(report, metrics)
         module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
         if config.latency:
@@ -67,8 +69,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         if config.timing:
             metrics |= _compare(cast(PyramidDetector, detector), data, config, report)
         print(f"validation steps took {collected.seconds:.2f} s for {collected.images} images")
-        file = write_results(folder / "detections.json", collected.results)
-        print(f"detections: {file}")
+        print(f"detections: {folder / 'detections.json'}, ground truth and compute of every image beside it")
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}  # json has no nan
         (folder / "result.json").write_text(json.dumps(finite, indent=1) + "\n")
     return metrics

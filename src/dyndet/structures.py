@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dyndet.routing import Routing
@@ -27,9 +29,37 @@ class Category:
     name: str
 
 
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """The objects of one image exactly as annotated, in pixels on disk: what evaluation compares with.
+
+    Other than in a `Target`, boxes may leave the image here or have no area. Arrays, because they never leave the host.
+
+    Attributes:
+        boxes: (N, 4) float64, x, y, width, height.
+        labels: (N,) int64 in 0..K-1.
+        crowd: (N,) bool.
+        area: (N,) float64 in square pixels, or None to take those of masks or boxes.
+        segmentations: N polygons or run lengths, or None.
+    """
+
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    area: NDArray[np.floating] | None = None
+    segmentations: list[Any] | None = None
+
+    def __getitem__(self, keep: NDArray[np.bool_]) -> Truth:
+        """Some of the objects: (N,) bool."""
+        area = None if self.area is None else self.area[keep]
+        parts = self.segmentations
+        parts = None if parts is None else [part for part, kept in zip(parts, keep, strict=True) if kept]
+        return Truth(self.boxes[keep], self.labels[keep], self.crowd[keep], area, parts)
+
+
 @dataclass
 class Target:
-    """Ground truth of one image.
+    """Ground truth of one image, fit for training.
 
     Attributes:
         boxes: (N, 4) float32, xyxy in pixels of the image it belongs to.
@@ -38,11 +68,13 @@ class Target:
         masks: (N, H, W) bool, or None when the dataset has none or they were not asked for.
         area: (N,) annotated areas in square pixels on disk (COCO: of the mask), or None to take those of the boxes.
         image_id: id in the original annotations.
-        original_size: (H, W) of the image on disk, before any transform.
+        original_size: (H, W) of the image as read from disk (upright), before any transform.
         path: the file it came from, "" when generated.
         difficulty: 0 (easy) .. 1 (hard) where the dataset knows it.
         segmentations: N polygons or run lengths of the masks on disk, as annotated, where the dataset has them:
             evaluation reads these, because transforms resize `masks`.
+        truth: the objects as annotated, where the dataset reads them from files: evaluation compares with these.
+            Transforms that move objects in the image drop it.
     """
 
     boxes: Tensor
@@ -55,14 +87,16 @@ class Target:
     path: str = ""
     difficulty: float | None = None
     segmentations: list[Any] | None = None
+    truth: Truth | None = None
 
     @classmethod
-    def of(cls, value: Target | dict[str, Tensor]) -> Target:
-        """Accepts a torchvision-style dict (`boxes`, `labels`, optional `crowd`, `masks`) as well as a Target."""
+    def of(cls, value: Target | Mapping[str, Any]) -> Target:
+        """Accepts a torchvision-style dict (`boxes`, `labels`, optional `iscrowd` or `crowd`, `masks`), too."""
         if isinstance(value, Target):
             return value
-        labels = value["labels"]
-        crowd = value.get("crowd", torch.zeros_like(labels, dtype=torch.bool))
+        labels, crowd = value["labels"], value.get("crowd", value.get("iscrowd"))
+        if crowd is None:
+            crowd = torch.zeros_like(labels, dtype=torch.bool)
         return cls(value["boxes"].float(), labels.long(), crowd.bool(), value.get("masks"))
 
     def shifted(self, offset: Tensor) -> Target:
@@ -85,7 +119,12 @@ class Target:
         """The same target with only some of its objects: (N,) bool or indices."""
         tensors = ("boxes", "labels", "crowd", "masks", "area")
         kept = {name: getattr(self, name)[keep] for name in tensors if getattr(self, name) is not None}
-        return replace(self, **kept, segmentations=None)  # evaluation reads whole targets
+        return replace(self, **kept, segmentations=None, truth=None)  # evaluation reads whole targets
+
+    def without_masks(self) -> Target:
+        """The same target with boxes alone."""
+        truth = None if self.truth is None else replace(self.truth, segmentations=None)
+        return replace(self, masks=None, segmentations=None, truth=truth)
 
 
 @dataclass
@@ -118,19 +157,13 @@ class ImageBatch:
     def of(cls, images: ImageBatch | Tensor | Sequence[Tensor], pad_multiple: int = 1) -> ImageBatch:
         """From a (B, 3, H, W) tensor, or from (3, H, W) tensors that are padded to a multiple of `pad_multiple`.
 
-        Raises:
-            ValueError: if the tensors are not three-channel images.
+        What comes from users goes through `dyndet.inputs.check_images` before.
         """
         if isinstance(images, ImageBatch):
             return images
         if isinstance(images, Tensor):
-            if images.ndim != 4 or images.shape[1] != 3:
-                raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
             sizes = torch.tensor([images.shape[-2:]] * len(images), dtype=torch.int64)
             return cls(images, sizes, sizes)
-        for image in images:
-            if image.ndim != 3 or image.shape[0] != 3:
-                raise ValueError(f"each image must be (3, H, W), got {tuple(image.shape)}")
         sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64)
         height, width = (-(-int(side) // pad_multiple) * pad_multiple for side in sizes.amax(0))
         pixels = images[0].new_zeros(len(images), 3, height, width)
@@ -186,6 +219,11 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __getitem__(self, keep: Tensor) -> Detections:
+        """Only some of them: (N,) bool or indices."""
+        masks = None if self.masks is None else self.masks[keep]
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep], masks=masks)
 
     def to(self, device: torch.device | str) -> Detections:
         masks = None if self.masks is None else self.masks.to(device)

@@ -14,9 +14,11 @@ from torch import nn
 
 from dyndet.checkpoints.read import check_resumable, resume_path
 from dyndet.checkpoints.start_from import start_from
+from dyndet.checkup.examination import check_before_training
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
 from dyndet.cli.from_data import follow_data
+from dyndet.data.layouts.describe import describe
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
@@ -32,9 +34,15 @@ def train(config: DictConfig) -> dict[str, float]:
     seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = resume_path(config)
     data = build(config.data.module)
-    data.setup("fit")  # first, so that wrong paths show before anything slow
+    data.setup("fit")  # first: wrong paths show before anything slow, and the model gets the classes of the data
+    if "num_classes" in config.data:
+        config.data.num_classes = data.num_classes
+    if text := describe(data):
+        rank_zero_info(text)
     if chosen := follow_data(config, data):
         rank_zero_info(chosen)
+    for line in check_before_training(data.train, data.val):
+        rank_zero_info(f"data: {line}")
     if "router_loss" in config:
         module, data = router_parts(config, data)
     else:
@@ -42,7 +50,7 @@ def train(config: DictConfig) -> dict[str, float]:
             config.backbone.weights = "none"  # they come from the checkpoint
         detector: Detector = build(config.detector)
         if config.init is not None and checkpoint is None:
-            rank_zero_info(start_from(detector, str(config.init), config))
+            rank_zero_info(start_from(detector, str(config.init), config, data.categories))
         kind = JointModule if isinstance(detector, DynamicDetector) else DetectionModule
         module = kind(
             detector,
@@ -51,8 +59,8 @@ def train(config: DictConfig) -> dict[str, float]:
             schedule=build(config.optim.schedule),
             config=cast(dict[str, Any], OmegaConf.to_container(config)),  # unresolved: keys can be overridden later
         )
-        if checkpoint is not None:
-            check_resumable(checkpoint, module)
+    if checkpoint is not None and (changes := check_resumable(checkpoint, module, data.categories, config)):
+        rank_zero_info(changes)
     if config.channels_last:
         nn.Module.to(module, memory_format=torch.channels_last)
     if config.compile:

@@ -303,3 +303,22 @@ def test_batches_move_between_devices():
     (batch, _) = module.val_dataloader()
     moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
     assert moved.images.pixels.device.type == moved.targets[0].boxes.device.type == "meta"
+
+
+def test_the_number_of_classes_comes_from_the_data_unless_it_is_given():
+    module = data(num_classes=None)
+    with pytest.raises(RuntimeError, match="setup"):
+        _ = module.num_classes
+    module.setup()
+    assert module.num_classes == len(module.categories) == 3
+    assert data().num_classes == 3
+
+
+def test_splits_with_other_categories_are_refused_by_name():
+    other = ShapesDataset(length=5, size=32, seed=1, num_classes=2)
+    with pytest.raises(UserError, match=r"there is \[3 triangle\] only in train: correct"):
+        built(val=other, num_classes=None)
+    other = ShapesDataset(length=5, size=32, seed=1, num_classes=3)
+    other.categories = other.categories[::-1]
+    with pytest.raises(UserError, match=r"another order: \[1 circle, 2 square, 3 triangle\] and \[3 triangle, 2 sq"):
+        built(val=other, num_classes=None)

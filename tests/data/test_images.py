@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dyndet.data.images import image_size, read_image, resolve_inside
+from dyndet.data.images import Header, find_inside, image_size, read_header, read_image, resolve_inside
 from dyndet.errors import DataError
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -68,30 +68,48 @@ def test_grey_and_palette_become_rgb(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(tmp_path / "palette.png"), table[index])
 
 
-def test_alpha_is_dropped_and_16_bit_keeps_the_high_byte(tmp_path: Path) -> None:
-    alpha = np.concatenate([COLOURS, np.zeros((5, 7, 1), np.uint8)], 2)
-    Image.fromarray(alpha).save(tmp_path / "alpha.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "alpha.png"), COLOURS)
-
-    deep = np.array([[0, 255, 256], [32768, 65280, 65535]], np.uint16)
-    for name in ("deep.png", "deep.tif"):
-        Image.fromarray(deep).save(tmp_path / name)
-        assert read_image(tmp_path / name)[1].tolist() == [[0, 0, 1], [128, 255, 255]]
-
-
-def test_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
-    red = Image.new("RGB", (16, 16), (200, 30, 40)).convert("CMYK")
-    red.save(tmp_path / "cmyk.jpg", quality=95)
-    expected = np.full((16, 16, 3), (200, 30, 40))
-    np.testing.assert_allclose(pixels(tmp_path / "cmyk.jpg"), expected, atol=6)
+UPRIGHT = {  # EXIF 2.3, figure of orientations: where row 0 and column 0 of the stored array are seen
+    1: COLOURS,
+    2: COLOURS[:, ::-1],
+    3: COLOURS[::-1, ::-1],
+    4: COLOURS[::-1],
+    5: COLOURS.transpose(1, 0, 2),
+    6: COLOURS.transpose(1, 0, 2)[:, ::-1],
+    7: COLOURS.transpose(1, 0, 2)[::-1, ::-1],
+    8: COLOURS.transpose(1, 0, 2)[::-1],
+}
 
 
-def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a viewer turns it by 90 degrees
-    Image.fromarray(COLOURS).save(tmp_path / "turned.png", exif=exif)
-    assert image_size(tmp_path / "turned.png") == (5, 7)
-    np.testing.assert_array_equal(pixels(tmp_path / "turned.png"), COLOURS)
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_images_are_turned_by_their_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path, exif = tmp_path / f"turned.{suffix}", Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(COLOURS).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    expected = UPRIGHT[orientation]
+    size = (expected.shape[0], expected.shape[1])
+    assert read_header(path) == Header((5, 7), orientation)
+    assert image_size(path) == size
+    np.testing.assert_array_equal(pixels(path), expected)
+    for image in (read_image(path, annotated=size), read_image(path, upright=True)):
+        np.testing.assert_array_equal(image.permute(1, 2, 0), expected)
+    stored = read_image(path, annotated=(5, 7), upright=False)  # annotations that know the stored pixels
+    np.testing.assert_array_equal(stored.permute(1, 2, 0), COLOURS)
+    if size != (5, 7):
+        np.testing.assert_array_equal(read_image(path, annotated=(5, 7)).permute(1, 2, 0), COLOURS)
+        np.testing.assert_array_equal(read_image(path, annotated=size, upright=False).permute(1, 2, 0), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("data", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0" * 40, b"Exif\0\0II*\0"])
+def test_broken_exif_does_not_matter(tmp_path: Path, data: bytes) -> None:
+    Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=data)
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), COLOURS)
+    for wrong in (0, 9, 700):
+        exif = Image.Exif()
+        exif[0x0112] = wrong
+        Image.fromarray(COLOURS).save(tmp_path / "b.png", exif=exif)
+        assert read_header(tmp_path / "b.png").orientation == 1
 
 
 def test_first_frame_of_an_animation_and_extreme_shapes(tmp_path: Path) -> None:
@@ -118,7 +136,7 @@ PNG = encoded(Image.fromarray(COLOURS.repeat(20, 0).repeat(20, 1)), "PNG")
         "half a png": PNG[: len(PNG) // 2],
         "png with a flipped byte": PNG[:60] + bytes([PNG[60] ^ 255]) + PNG[61:],
         "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-        "float": encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"),
+        "float beyond any range": encoded(Image.fromarray(np.full((2, 2), 1e6, np.float32)), "TIFF"),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -191,8 +209,9 @@ def test_names_that_stay_inside_are_joined(tmp_path: Path) -> None:
         "\\\\host\\share\\secret.jpg",
         "C:\\secret.jpg",
         "a.jpg\0.txt",
-        "link.jpg",
-        "outside/secret.jpg",
+        "..\\secret.jpg",
+        "sub\\..\\..\\secret.jpg",
+        "outside/../../secret.jpg",
     ],
 )
 def test_names_that_leave_the_root_are_refused(tmp_path: Path, name: str) -> None:
@@ -201,7 +220,63 @@ def test_names_that_leave_the_root_are_refused(tmp_path: Path, name: str) -> Non
     for folder in (tmp_path, tmp_path / "root_of_another"):
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (2, 2)).save(folder / "secret.jpg")
-    (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (root / "outside").symlink_to(tmp_path)
     with pytest.raises(DataError, match="does not lie inside"):
         resolve_inside(root, name)
+    with pytest.raises(DataError, match="does not lie inside"):
+        find_inside(root, name)
+
+
+def test_links_are_followed_to_files_and_folders_alone(tmp_path: Path) -> None:
+    root, disk = tmp_path / "root", tmp_path / "disk"
+    for folder in (root, disk):
+        folder.mkdir()
+    Image.fromarray(COLOURS).save(disk / "a.png")
+    (root / "link.png").symlink_to(disk / "a.png")
+    (root / "folder").symlink_to(disk)
+    (root / "device.png").symlink_to("/dev/zero")
+    (root / "gone.png").symlink_to(disk / "gone.png")
+    for name in ("link.png", "folder/a.png"):
+        np.testing.assert_array_equal(pixels(resolve_inside(root, name)), COLOURS)
+    # By its text, not by way of the link: that would leave the root.
+    assert resolve_inside(root, "folder/../link.png") == root / "link.png"
+    with pytest.raises(DataError, match=r"'device\.png' .* is a link to a device"):
+        resolve_inside(root, "device.png")
+    with pytest.raises(DataError, match=r"gone\.png does not exist"):
+        read_image(resolve_inside(root, "gone.png"))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_image("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("written", "there"),
+    [
+        ("train\\0001.jpg", "train/0001.jpg"),
+        (".\\train\\0001.jpg", "train/0001.jpg"),
+        ("train/a%20b%281%29.jpg", "train/a b(1).jpg"),
+        ("train\\a%20b.jpg", "train/a b.jpg"),
+        ("train/caf\u00e9.jpg", "train/cafe\u0301.jpg"),
+        ("train/cafe\u0301.jpg", "train/caf\u00e9.jpg"),
+        ("train/caf%C3%A9.jpg", "train/cafe\u0301.jpg"),
+        ("train/100%.jpg", "train/100%.jpg"),
+        ("train/%41.jpg", "train/%41.jpg"),
+    ],
+)
+def test_names_that_other_systems_wrote_are_found(tmp_path: Path, written: str, there: str) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / there).touch()
+    (tmp_path / "train" / "A.jpg").touch()  # the exact name goes first
+    assert find_inside(tmp_path, written).samefile(tmp_path / there)
+
+
+def test_a_name_that_fits_two_files_or_leads_out_when_decoded_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "x").mkdir(parents=True)
+    for name in ("x/b%20c.jpg", "x/b c.jpg"):
+        (root / name).touch()
+    with pytest.raises(DataError, match=r"could be 'b%20c\.jpg' or 'b c\.jpg': rename one"):
+        find_inside(root, "x\\b%20c.jpg")
+    (tmp_path / "secret.jpg").touch()
+    with pytest.raises(DataError, match="does not lie inside"):
+        find_inside(root, "%2e%2e/secret.jpg")
+    assert find_inside(root, "gone%20.jpg") == root / "gone%20.jpg"

@@ -13,6 +13,8 @@ from dyndet.calibrate import calibrate
 from dyndet.cli.compose import build, compose_command, compose_experiment
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.evaluate import evaluate
+from dyndet.lightning.detection import DetectionModule
+from dyndet.lightning.joint import JointModule
 
 SMALL = ["data.size=32", "data.val_images=6", "data.batch_size=5", "data.val_batch_size=4", "head.depth=1"]
 COMMANDS = {
@@ -60,3 +62,22 @@ def test_a_given_batch_size_is_that_of_evaluation(
     task, more = COMMANDS[command]
     task(compose_command(command, [f"ckpt={checkpoint}", f"output_dir={checkpoint.parent}", *more, *keys]))
     assert set(seen) == {sizes[request.node.callspec.params["checkpoint"]]}
+
+
+@pytest.mark.parametrize("kind", [DetectionModule, JointModule])
+def test_a_process_without_images_validates_nothing(
+    kind: type[DetectionModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More processes than images: each has one batch, so that all meet where they exchange what they found."""
+    config = compose_experiment("shapes_dy_tiny", ["data.val_images=1", "data.size=32"])
+    data = build(config.data.module)
+    data.setup("validate")
+    module = kind(build(config.detector).eval(), categories=data.categories)
+    seen = []
+    for rank in range(3):
+        monkeypatch.setattr("dyndet.data.datamodule._rank_and_world_size", lambda rank=rank: (rank, 3))
+        (batch,) = data.val_dataloader()
+        batch = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+        seen.append((len(batch.targets), len(module.validation_step(batch, 0)["detections"])))  # type: ignore[index]
+    assert seen == [(1, 1), (0, 0), (0, 0)]
+    assert len(module.ap.image_ids) == 1

@@ -26,12 +26,13 @@ from dyndet.data.shapes import ShapesDataset
 from dyndet.data.transforms import Resize
 from dyndet.errors import UserError
 from dyndet.evaluate import evaluate
-from dyndet.lightning.callbacks import Collect
+from dyndet.lightning.collect import Collect
 from dyndet.lightning.detection import DetectionModule
 from dyndet.metrics.export import write_ground_truth
 from dyndet.models.detectors.base import Detector, Images, RawMaps
 from dyndet.models.preprocess import Preprocess
 from dyndet.predict import predict
+from dyndet.report.draw import visible
 from dyndet.routing import Routing
 from dyndet.structures import Detections, ImageBatch, Losses, Target
 from dyndet.train import train
@@ -95,7 +96,7 @@ def test_predict_writes_and_draws_masks(trained: tuple[Path, dict[str, float]], 
     Image.fromarray(image).save(tmp_path / "shapes.png")
     checkpoint, out = trained[0] / "checkpoints" / "last.ckpt", tmp_path / "out"
     arguments = [f"ckpt={checkpoint}", f"source={tmp_path / 'shapes.png'}", f"out={out}", "device=cpu"]
-    predict(compose_command("predict", [*arguments, "score_threshold=0.01"]))
+    predict(compose_command("predict", [*arguments, "score_threshold=0.01", "pictures=png"]))
     ((entry),) = json.loads((out / "detections.json").read_text())
     detector = dyndet.load_detector(checkpoint)
     (found,) = detector.detect([torch.from_numpy(image).permute(2, 0, 1)])
@@ -104,8 +105,10 @@ def test_predict_writes_and_draws_masks(trained: tuple[Path, dict[str, float]], 
         assert np.array_equal(rle.decode(row["segmentation"]), mask.numpy())
     with Image.open(entry["picture"]) as picture:
         scale = picture.width // 80
-        pixels = np.array(picture)[::scale, ::scale].astype(int)
-    tinted = found.masks.any(0).numpy()
+        pixels = np.array(picture)[picture.height - 48 * scale :: scale, ::scale].astype(int)  # below the caption
+    shown = visible(found, 0.01).masks
+    assert shown is not None
+    tinted = shown.any(0).numpy()
     assert tinted.any()
     assert (np.abs(pixels - image).sum(2)[tinted] > 0).mean() > 0.9
 
@@ -150,16 +153,16 @@ def test_validation_logs_what_pycocotools_says(monkeypatch: pytest.MonkeyPatch) 
     )
     module = DetectionModule(Shifted(dataset), categories=dataset.categories)
     monkeypatch.setattr(module, "static", lambda size, routed: {})
-    collected = Collect(dataset.categories)
+    collected = Collect(masks=True)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[collected],
         enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     (logged,) = trainer.validate(module, data, verbose=False)
     assert collected.images == 10
-    for row in collected.results:
+    for row in collected.facts.detections:
         del row["bbox"]
-    judge = segm(write_ground_truth(dataset), collected.results)
+    judge = segm(write_ground_truth(dataset), collected.facts.detections)
     names = ["AP", "AP50", "AP75", "APs", "APm"]
     expected = {f"val/segm/{name}": value for name, value in zip(names, judge.stats, strict=False)}
     assert {key: logged[key] for key in expected} == pytest.approx(expected, abs=6e-8)

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet import build_detector
 from dyndet.cli.compose import build, compose_experiment
+from dyndet.errors import UserError
 from dyndet.lightning.optim import WarmupCosine, build_optimizer, one_cycle, warmup_multistep
 
 
@@ -192,3 +193,52 @@ def test_what_does_not_decay_in_yolo() -> None:
         convolution = name.endswith("weight") and "norm" not in name
         assert decay == (1e-3 if convolution else 0.0), name
         assert biases[name] == name.endswith("bias"), name
+
+
+def steps_of_drops(total_steps: int, **keys: object) -> list[int]:
+    """Where the rate falls from one step to the next."""
+    config = compose_experiment(None, ["optim=sgd", *(f"optim.schedule.{key}={value}" for key, value in keys.items())])
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    (factor,) = build(config.optim.schedule)(optimizer, total_steps=total_steps).lr_lambdas
+    return [step for step in range(1, total_steps) if factor(step) < factor(step - 1)]
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "drops"),
+    [(90_000, [60_030, 80_010]), (900, [600, 800]), (9, [6, 8])],
+)
+def test_milestones_in_shares_fit_any_run(total_steps: int, drops: list[int]) -> None:
+    assert steps_of_drops(total_steps) == drops
+    assert steps_of_drops(900, milestones="[0.5,800]") == [450, 800]
+
+
+def test_the_warmup_is_a_share_of_short_runs() -> None:
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for total_steps, end in ((400, 20), (90_000, 1000)):
+        scheduler = warmup_multistep(optimizer, total_steps=total_steps, milestones=[0.9], warmup_share=0.05)
+        (factor,) = scheduler.lr_lambdas  # type: ignore[attr-defined]
+        assert factor(end - 1) < 1 == factor(end)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "keys", "words"),
+    [
+        (2000, [], "run of 2000 steps: milestones lie at 60000, 80000. Give shares"),
+        (70_000, [], "milestones lie at 80000"),
+        (900, ["optim.schedule.milestones=[0.5]"], "run of 900 steps: the warm-up takes 1000 steps. Give"),
+        (1000, [], "the warm-up takes 1000 steps and milestones lie at 60000, 80000"),
+        (1000, ["optim.schedule.milestones=[0,0.5]"], "give steps, or shares of the run above 0"),
+    ],
+)
+def test_a_schedule_that_the_run_never_reaches_is_refused(total_steps: int, keys: list[str], words: str) -> None:
+    schedule = build(compose_experiment("fcos_d8_dyn", keys).optim.schedule)
+    with pytest.raises(UserError, match=words):
+        schedule(SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01), total_steps=total_steps)
+
+
+def test_in_a_trial_of_few_steps_it_is_said() -> None:
+    schedule = build(compose_experiment("fcos_d8_dyn").optim.schedule)
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+    with pytest.warns(UserWarning, match="does not fit into this run of 2 steps"):
+        schedule(optimizer, total_steps=2)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)

@@ -117,7 +117,10 @@ def test_kept_lessons_are_what_the_detectors_say(init: Path, tmp_path: Path) -> 
 def test_lessons_are_named_by_what_they_depend_on(init: Path) -> None:
     def name(*keys: str) -> str:
         keys = (*TINY, "+router=exact", f"init={init}", *keys)
-        return step2_module._fingerprint(compose_experiment("shapes_dy_tiny", keys))
+        config = compose_experiment("shapes_dy_tiny", keys)
+        data = build(config.data.module)
+        data.setup("fit")
+        return step2_module._fingerprint(config, data)
 
     same = ["data.num_workers=2", "data.val_images=5", "data.max_val=3", "detector.router.reduction=2"]
     assert {name(key) for key in same} == {name()}

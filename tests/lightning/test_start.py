@@ -12,6 +12,7 @@ from dyndet import build_detector
 from dyndet.checkpoints.start_from import start_from
 from dyndet.cli.compose import compose_experiment
 from dyndet.errors import UserError
+from dyndet.structures import Category
 from dyndet.train import train
 
 TINY = [
@@ -66,6 +67,27 @@ def test_a_run_starts_from_the_weights_of_another_data_set(stopped: Path, tmp_pa
     ours = content(tmp_path)["state_dict"]
     assert all(torch.equal(ours[name], value) for name, value in content(stopped)["state_dict"].items()
                if "running" not in name and "num_batches" not in name)  # fmt: skip
+
+
+def test_other_classes_of_the_same_number_start_anew(stopped: Path) -> None:
+    init = stopped / "checkpoints" / "last.ckpt"
+    config = compose_experiment("shapes_dyn", TINY)
+    names = ["circle", "square", "triangle", "star"]
+    for renamed in ([], ["cat"]):
+        detector = build_detector("shapes_dyn", TINY)
+        categories = [Category(7 + i, name) for i, name in enumerate([*renamed, *names][:4])]
+        state = torch.get_rng_state()
+        message = start_from(detector, init, config, categories)
+        assert torch.equal(state, torch.get_rng_state())
+        weights = content(stopped)["state_dict"]
+        kept = {
+            name for name, value in detector.state_dict().items() if torch.equal(weights[f"detector.{name}"], value)
+        }
+        anew = detector.state_dict().keys() - kept
+        assert anew <= {"predictor.cls.weight", "predictor.cls.bias"} and ("predictor.cls.weight" in anew) == bool(
+            renamed
+        )
+        assert ("anew (other classes): predictor.cls (2)" in message) == bool(renamed)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from pycocotools.cocoeval import COCOeval
 import dyndet
 from dyndet.checkpoints.read import read_checkpoint, resume_path
 from dyndet.cli.compose import build, compose_command, compose_experiment
-from dyndet.data.sources import find_images
+from dyndet.data.sources import find_sources
 from dyndet.errors import UserError
 from dyndet.evaluate import evaluate
+from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.export import write_ground_truth
+from dyndet.metrics.validation import read_validation
 from dyndet.predict import predict
 from dyndet.report.__main__ import report
 from dyndet.train import train
@@ -53,6 +55,21 @@ def test_a_run_leaves_checkpoints_numbers_and_pictures(trained: tuple[Path, dict
         assert picture.width > 5 * 64
     rows = (folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     assert "val/AP" in rows[0] and "gates/cls.0.depth/P3" in rows[0]
+
+
+def test_a_run_leaves_what_its_last_validation_found(trained: tuple[Path, dict[str, float]]) -> None:
+    folder, metrics = trained
+    left = read_validation(folder)
+    assert left is not None and len(left.targets) == 10 and not left.hard
+    again = CocoMetric(left.categories)
+    again.update(left.detections, left.targets)
+    assert {f"val/{key}": value for key, value in again.compute().items()} == pytest.approx(
+        {key: value for key, value in metrics.items() if key.startswith("val/")}, nan_ok=True, abs=1e-9
+    )
+    assert sum(found.macs or 0 for found in left.detections) / 10 == pytest.approx(metrics["macs/total_mean"])
+    for target in left.targets:
+        with Image.open(target.path) as picture:
+            assert picture.size == (64, 64)
 
 
 @pytest.mark.parametrize("impl", ["dense", "gather"])
@@ -163,7 +180,7 @@ def test_predict_draws_and_writes(trained: tuple[Path, dict[str, float]], tmp_pa
     results = json.loads((out / "detections.json").read_text())
     assert [Path(item["file"]).name for item in results] == ["0.png", "1.png"]
     assert all(item["gmacs"] > 0 and item["size"] == [60, 80] for item in results)
-    assert {path.name for path in (out / "pictures").iterdir()} == {"0000_0.png", "0001_1.png"}
+    assert {path.name for path in (out / "pictures").iterdir()} == {"0.jpg", "1.jpg"}
 
 
 def test_report_of_runs(trained: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
@@ -200,4 +217,4 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_sources_without_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no images there"):
-        find_images(str(tmp_path))
+        find_sources(str(tmp_path))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from dyndet import build_detector
+from dyndet.errors import UserError
 from dyndet.models.backbones.timm import TimmBackbone
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.two_stage import TwoStageDetector, assemble_two_stage
@@ -113,19 +114,22 @@ def test_every_parameter_trains_and_images_may_be_empty(predictor: type[FastRCNN
     alone.total.backward()
 
 
-def test_crowds_and_boxes_without_area_do_not_train() -> None:
-    detector = small().train()
+def test_crowds_and_boxes_without_area_do_not_count() -> None:
+    """`losses` refuses boxes without area; those of images that are evaluated are as annotated."""
+    detector = small().eval()
     boxes = torch.tensor([[8.0, 12, 40, 44], [0.0, 0, 90, 60], [5.0, 5, 5, 20]])
     mixed = Target(boxes, torch.tensor([2, 0, 1]), torch.tensor([False, True, False]))
     terms = []
     for target in (mixed, BOX):
         torch.manual_seed(0)  # of the sampling
-        terms.append(detector.losses(image(64, 96)[None], [target]).terms)
-    assert all(torch.equal(terms[0][name], terms[1][name]) for name in terms[0])
+        terms.append(detector.image_losses(image(64, 96)[None], [target]))
+    assert torch.equal(*terms) and terms[0] > 0
+    with pytest.raises(UserError, match=r"box 2, \[5, 5, 5, 20\], has no area"):
+        detector.losses(image(64, 96)[None], [mixed])
 
 
 def test_labels_out_of_range_are_named() -> None:
-    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.2"):
+    with pytest.raises(UserError, match=r"labels must lie in 0\.\.2 .*first in targets\[0\]"):
         small().train().losses(image(64, 96)[None], [{**BOX, "labels": torch.tensor([3])}])
 
 

@@ -43,7 +43,7 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"dyndet/py.typed"}
     for prefix, folder in TREES.items():
-        for path in [*folder.rglob("*.py"), *folder.rglob("*.yaml")]:
+        for path in [file for kind in ("py", "yaml", "css") for file in folder.rglob(f"*.{kind}")]:
             expected.add(prefix + path.relative_to(folder).as_posix())
     assert inside == expected
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
-from dyndet.report.draw import contact_sheet, draw_detections
-from dyndet.report.gate_maps import compute_map, draw_gates, gate_map, gate_panels, preview
-from dyndet.report.style import class_color, heat, side_by_side, to_picture
-from dyndet.routing import LayerCost, Routing
+from dyndet.report.draw import _tag, contact_sheet, draw_detections, visible
+from dyndet.report.gate_maps import compute_map, draw_gates, gate_map, gate_panels, preview, summary
+from dyndet.report.style import class_color, contrast, heat, side_by_side, text_color, to_picture
+from dyndet.routing import LayerCost, Routes, Routing
 from dyndet.structures import Detections, Target
 from routing_views import PathGate, routing_of, views
 
@@ -44,9 +49,9 @@ def test_box_edges_lie_on_the_pixels_of_the_box() -> None:
 def test_small_images_are_enlarged_by_a_whole_factor() -> None:
     small = torch.zeros(3, 96, 128, dtype=torch.uint8)
     picture = draw_detections(small, detections([10, 40, 60, 80], label=1), NAMES)
-    assert picture.size == (256, 192)
+    assert picture.size == (384, 288)
     pixels = np.array(picture)
-    assert tuple(pixels[159, 60]) == tuple(pixels[130, 119]) == class_color(1)
+    assert tuple(pixels[239, 90]) == tuple(pixels[200, 179]) == class_color(1)
     assert draw_detections(GREY, detections(), NAMES).size == (400, 400)
 
 
@@ -91,7 +96,7 @@ def test_masks_tint_their_pixels_only() -> None:
 def test_masks_may_be_empty_or_reach_the_border() -> None:
     masks = torch.zeros(2, 400, 400, dtype=torch.bool)
     masks[1, :, :3] = True
-    found = detections([10, 10, 60, 60], [10, 10, 60, 60])
+    found = detections([10, 10, 60, 60], [10, 100, 60, 160])
     found.masks = masks
     picture = np.array(draw_detections(GREY, found, NAMES))
     assert (picture[:, 0] == class_color(0)).all() and (picture[100:, 3] == 128).all()
@@ -121,6 +126,69 @@ def test_masks_are_translucent_and_the_best_lies_on_top() -> None:
 def test_boxes_outside_and_of_no_size_and_unnamed_classes_are_drawn() -> None:
     found = detections([-50, -20, 10, 5], [390, 395, 500, 600], [50, 50, 50, 50], label=7)
     assert draw_detections(GREY, found, NAMES).size == (400, 400)
+
+
+def test_pictures_show_one_box_per_object_and_files_all() -> None:
+    boxes = [
+        [100.0, 100, 200, 200],
+        [104, 100, 204, 200],
+        [100, 100, 200, 166],
+        [100, 100, 200, 149],
+        [300, 300, 350, 350],
+    ]
+    found = detections(*boxes)
+    found.scores, found.labels = torch.tensor([0.5, 0.9, 0.8, 0.6, 0.31]), torch.tensor([0, 1, 1, 2, 0])
+    assert visible(found, 0.3).boxes.tolist() == [
+        boxes[1],
+        boxes[3],
+        boxes[4],
+    ]
+    assert visible(found, 0.55).scores.tolist() == pytest.approx([0.9, 0.6])
+    best = found[torch.tensor([1, 3, 4])]
+    assert np.array_equal(np.array(draw_detections(GREY, found, NAMES)), np.array(draw_detections(GREY, best, NAMES)))
+    assert summary(found, None) == "(3 of 5, one per object)" and summary(best, None) == "(3)"
+    assert len(found) == 5
+
+
+def test_captions_tell_route_and_price() -> None:
+    routes = Routes(torch.tensor([False, True]), torch.tensor([-1.0, 0.0]))
+    found = replace(detections([10, 10, 20, 20]), macs=1.234e9)
+    assert summary(found, routes, 1) == "(1), hard (difficulty 0.50), 1.23 GMAC"
+    assert summary(found, Routes(torch.tensor([False])), 0) == "(1), easy, 1.23 GMAC"
+
+
+def test_letters_can_be_read_on_every_class() -> None:
+    colors = [class_color(label) for label in range(100)]
+    assert min(contrast(color, text_color(color)) for color in colors) >= 4.5
+    assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    assert contrast((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.01)  # the usual example
+
+
+def test_letters_grow_with_the_picture() -> None:
+    def label_pixels(side: int) -> int:
+        image = torch.full((3, side, side), 128, dtype=torch.uint8)
+        box = [side * 0.5, side * 0.5, side * 0.5 + 9, side * 0.5 + 9]
+        picture = np.array(draw_detections(image, detections(box), NAMES)).astype(int)
+        return int((picture == class_color(0)).all(2).any(1).sum())
+
+    assert label_pixels(2000) > 2 * label_pixels(600) - 9
+
+
+@given(st.lists(st.tuples(st.integers(0, 360), st.integers(0, 380)), min_size=2, max_size=8, unique=True))
+def test_labels_hide_no_other_label(corners: list[tuple[int, int]]) -> None:
+    """Boxes of 4 pixels are all smaller than a label: what is drawn, but for outlines, are labels, apart."""
+    pen, tags = ImageDraw.Draw(Image.new("RGB", (420, 420))), []
+    for x, y in corners:
+        _tag(pen, (x, y, x + 4, y + 4), "cat 0.50", (200, 60, 40), tags)
+    assert all(0 <= left < right <= 420 and 0 <= top < bottom <= 420 for left, top, right, bottom in tags)
+    pairs = itertools.combinations(tags, 2)
+    assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in pairs)
+
+
+def test_a_name_longer_than_the_picture_is_written_smaller() -> None:
+    picture = draw_detections(GREY, detections([10, 100, 60, 200]), ["a class whose name fills more than a whole line"])
+    marked = (np.array(picture) == class_color(0)).all(2)
+    assert marked[:, 300:].any() and picture.size == (400, 400)
 
 
 def test_classes_have_distinct_colors() -> None:

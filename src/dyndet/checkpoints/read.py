@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
+from dyndet.checkpoints.changes import check_categories, check_changes
 from dyndet.checkpoints.trusted import check_stored
-from dyndet.cli.command import latest_run
+from dyndet.cli.folders import latest_run
 from dyndet.cli.renamed import replacement
 from dyndet.errors import UserError, reason
 from dyndet.structures import Category
@@ -161,13 +163,24 @@ def resume_path(config: DictConfig) -> str | None:
     return str(path)
 
 
-def check_resumable(path: str, module: nn.Module) -> None:
-    """Whether a module can take a checkpoint's tensors.
+def check_resumable(path: str, module: nn.Module, categories: Sequence[Category], config: DictConfig) -> str:
+    """Whether a run can go on from a checkpoint; what is set otherwise than in it, in one line.
+
+    Args:
+        path: the checkpoint.
+        module: that takes its tensors.
+        categories: of the data.
+        config: of the run that goes on.
 
     Raises:
-        UserError: if they are of another detector.
+        UserError: if its tensors are of another detector, its categories are others, or its optimizer is another kind.
     """
-    saved: dict[str, Tensor] = _content(Path(path), "ckpt_path")["state_dict"]
+    content = _content(Path(path), "ckpt_path")
+    extra: dict[str, Any] = content["dyndet"]
+    if "router_loss" in config and "offset" not in extra:
+        raise UserError("ckpt_path is not a checkpoint of step 2; those of step 1 are given as init=...")
+    check_categories(path, [Category(item["id"], item["name"]) for item in extra["categories"]], categories)
+    saved: dict[str, Tensor] = content["state_dict"]
     expected = module.state_dict()
     odd = sorted(saved.keys() ^ expected.keys())
     odd += [name for name in saved.keys() & expected.keys() if saved[name].shape != expected[name].shape]
@@ -178,3 +191,4 @@ def check_resumable(path: str, module: nn.Module) -> None:
             f"{odd[0]}. A run goes on with the command that started it"
             + (f"; init={path} takes what fits into a new one" if same else "")
         )
+    return check_changes(path, _modernised(extra["config"]), config) if extra.get("config") else ""

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from dyndet.cli.quoting import advice_on_brackets
 from dyndet.errors import UserError
 
 _WORDS = {
@@ -48,12 +49,19 @@ def check_arguments(config: Any) -> None:
         value = config[key]
         if OmegaConf.is_config(value):
             check_arguments(value)
-        elif key in accepted and not any(_fits(value, kind) for kind in accepted[key]):
+        if key in accepted and not _is_part(value) and not any(_fits(value, kind) for kind in accepted[key]):
             shown = "null" if value is None else repr(value)
             if int in accepted[key] and isinstance(value, float) and value.is_integer():
                 shown += f": write {int(value)}"
             wanted = " or ".join(_described(kind) for kind in accepted[key])
-            raise UserError(f"{_source(config, key)} must be {wanted}, got {shown}")
+            bracketed = Path in accepted[key] and OmegaConf.is_config(value)
+            more = f": {advice_on_brackets(_source(config, key))}" if bracketed else ""
+            raise UserError(f"{_source(config, key)} must be {wanted}, got {shown}{more}")
+
+
+def _is_part(value: Any) -> bool:
+    """What is built in its place, and may be anything."""
+    return isinstance(value, DictConfig) and "_target_" in value
 
 
 def _source(config: DictConfig, key: Any) -> str:

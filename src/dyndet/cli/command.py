@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,12 +19,16 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from dyndet.cli.compose import check_choices, config_source, explain
+from dyndet.cli.configured import about_a_value, check_ranges
+from dyndet.cli.folders import run_folder
+from dyndet.cli.jobs import run_job
+from dyndet.cli.quoting import check_single, expand_home, flags_and_overrides, read_paths
 from dyndet.cli.renamed import current
+from dyndet.cli.usage import command_help
 from dyndet.errors import UserError
 
 _HARMLESS = (
@@ -31,22 +37,12 @@ _HARMLESS = (
     ".*dataloader is not resumable.*",  # it is: see data/sampler.py
     ".*module.s. in eval mode at the start of training.*",  # frozen parts
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
+    # Hydra 1.4 of what goes in 1.5, which pyproject.toml leaves out: 1.3 has nothing else.
+    ".*register_new_resolver.. is deprecated.*",
+    "The version_base parameter is deprecated.*",
+    "hydra.utils.instantiate.. resolved _target_='dyndet.cli.folders.*",
 )
-
-
-def latest_run(name: str, root: str = "outputs") -> Path | None:
-    """Folder of the newest run of an experiment that has a last checkpoint."""
-    found = sorted(Path(root).glob(f"{name}/*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent.parent if found else None
-
-
-def _run_folder(name: str, now: str, ckpt_path: str | None) -> str:
-    """A resumed run goes on in its own folder; any other gets a new one."""
-    if ckpt_path == "last":
-        return str(latest_run(name) or Path("outputs", name, now))
-    if ckpt_path and Path(ckpt_path).parent.name == "checkpoints":
-        return str(Path(ckpt_path).parent.parent)
-    return str(Path("outputs", name, now))
+_OF_SWEEPS = ("hydra.sweep", "hydra.mode", "hydra.launcher", "hydra.sweeper", "hydra/launcher", "hydra/sweeper")
 
 
 def run(task: Callable[[DictConfig], object], config_name: str) -> None:
@@ -54,40 +50,83 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     Set HYDRA_FULL_ERROR=1 to see the whole traceback of such a mistake.
     """
-    if config_name == "train":
+    if (text := command_help(config_name, sys.argv[1:])) is not None:
+        print(text)
+        return
+    if config_name in ("train", "doctor"):
         sys.argv[1:], notes = current(sys.argv[1:])
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions through to the handler below
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
+    flags, overrides = flags_and_overrides(sys.argv[1:])
+    sys.argv[1:], changed = read_paths([*flags, *overrides])
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # lets exceptions through to the handler below
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
 
+    def answer(error: Exception) -> str | None:
+        """An exception in one line; None where its traceback is to be seen."""
+        text = None if verbose else _one_line(error, config_name)
+        return None if text is None else text + _how_read(text, changed)
+
+    @functools.wraps(task)
+    def checked(config: DictConfig) -> object:
+        expand_home(config)
+        check_single(config)
+        _require_all(config)
+        check_ranges(config)
+        check_choices(config, HydraConfig.get().overrides.task)
+        return task(config)
+
     @functools.wraps(task)
     def job(config: DictConfig) -> object:
+        running = HydraConfig.get()
+        if running.mode == RunMode.MULTIRUN:
+            with _standing_alone(running):
+                return run_job(checked, config, Path(running.runtime.output_dir), list(running.overrides.task), answer)
         try:
-            _require_all(config)
-            check_choices(config, HydraConfig.get().overrides.task)
-            with _standing_alone():
-                return task(config)
-        # Caught here, because Hydra would announce it with a line of its own.
-        except UserError as error:
-            # A loader's process sends its error as a traceback that ends with the message.
-            return _fail(str(error).rpartition(f"{type(error).__name__}: ")[2], verbose)
-        except OmegaConfBaseException as error:
-            return _fail(explain(error, sys.argv[1:], config_name), verbose)
-        except MisconfigurationException as error:  # options of the trainer that do not go together
-            return _fail(str(error), verbose)
+            return checked(config)
+        except Exception as error:  # here, because Hydra would announce it with a line of its own
+            if (text := answer(error)) is None:
+                raise
+            return _fail(text)
 
     try:
         hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(explain(error, sys.argv[1:], config_name), verbose)
+        if verbose:
+            raise
+        _fail(explain(error, sys.argv[1:], config_name))
+    except OSError as error:
+        if verbose or error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
+
+
+def _one_line(error: Exception, command: str) -> str | None:
+    if isinstance(error, UserError):
+        # A loader's process sends its error as a traceback that ends with the message.
+        text = str(error).rpartition(f"{type(error).__name__}: ")[2]
+    elif isinstance(error, OmegaConfBaseException):
+        text = explain(error, sys.argv[1:], command)
+    elif (text := about_a_value(error)) is None:
+        return None
+    return " ".join(text.split())
+
+
+def _how_read(message: str, changed: Mapping[str, str]) -> str:
+    """What was made of the arguments that a message may be about, if not what they say."""
+    about = [
+        f"{old} was read as the quoted text {new}"
+        for old, new in changed.items()
+        if new.partition("=")[0] in message or new.partition("=")[2].strip("'\"") in message
+    ]
+    return f" ({'; '.join(about)})" if about else ""
 
 
 def _require_all(config: DictConfig) -> None:
@@ -97,14 +136,12 @@ def _require_all(config: DictConfig) -> None:
 
 
 @contextmanager
-def _standing_alone() -> Iterator[None]:
-    """Keeps a multirun's jobs apart: further processes of a job run this job alone, and none outlives it."""
-    running: Any = HydraConfig.get()
-    if running.mode != RunMode.MULTIRUN:
-        yield
-        return
-    flags = [item for item in sys.argv[1:] if item.startswith("-") or not ("=" in item or item.startswith("~"))]
-    sys.argv[1:] = [flag for flag in flags if flag not in ("-m", "--multirun")] + list(running.overrides.task)
+def _standing_alone(running: Any) -> Iterator[None]:
+    """Keeps a sweep's jobs apart: further processes of a job run this job alone, and none outlives it."""
+    arguments = sys.argv[1:]
+    flags = [flag for flag in flags_and_overrides(arguments)[0] if flag not in ("-m", "--multirun")]
+    hydras = [item for item in running.overrides.hydra if not item.lstrip("+").startswith(_OF_SWEEPS)]
+    sys.argv[1:] = [*flags, *hydras, *running.overrides.task]
     with read_write(running):
         running.run.dir = running.runtime.output_dir
     environment = dict(os.environ)
@@ -113,12 +150,23 @@ def _standing_alone() -> Iterator[None]:
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+        _end_processes()
         os.environ.clear()  # ranks and addresses of the job's processes
         os.environ.update(environment)
+        sys.argv[1:] = arguments
 
 
-def _fail(message: str, verbose: bool) -> NoReturn:
-    if verbose:
-        raise
+def _end_processes() -> None:
+    """Those that joined a job: where it failed, Lightning's watch over them would end this process with them."""
+    for watch in threading.enumerate():
+        if type(watch).__name__ == "_ChildProcessObserver":
+            watched, watch._child_processes = getattr(watch, "_child_processes", []), []  # pyright: ignore
+            for process in watched:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=60)
+                process.kill()  # if it hangs
+
+
+def _fail(message: str) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

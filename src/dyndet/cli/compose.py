@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -20,12 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dyndet.cli.arguments import check_arguments
 from dyndet.cli.config_source import CONFIG_MODULE, DyndetConfigSource
+from dyndet.cli.quoting import advice, expand_home
 from dyndet.cli.renamed import current, replacement
 from dyndet.errors import UserError
 
 
 def compose_experiment(experiment: str | None = None, overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration of an experiment, as `python -m dyndet.train +experiment=... overrides...` would see it.
+    """The configuration of an experiment, as `dyndet train +experiment=... overrides...` would see it.
+
+    No data is read here: where it would say the number of classes, that of the data set by its name is taken.
 
     Args:
         experiment: a name under `conf/experiment`; None gives the defaults.
@@ -34,11 +38,15 @@ def compose_experiment(experiment: str | None = None, overrides: Sequence[str] =
     Raises:
         UserError: on an unknown experiment or key.
     """
-    return compose_command("train", [*([] if experiment is None else [f"+experiment={experiment}"]), *overrides])
+    config = compose_command("train", [*([] if experiment is None else [f"+experiment={experiment}"]), *overrides])
+    data = config.data
+    if "num_classes" in data and not OmegaConf.is_missing(data, "num_classes") and data.num_classes is None:
+        data.num_classes = data.get("usual_classes")
+    return config
 
 
 def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
-    """The configuration of `python -m dyndet.COMMAND arguments...`, inside or outside a running command.
+    """The configuration of `dyndet COMMAND arguments...`, inside or outside a running command.
 
     Names of experiments and options that were given up are replaced, with a warning.
 
@@ -54,6 +62,7 @@ def compose_command(command: str, arguments: Sequence[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, arguments, command)) from error
     check_choices(config, arguments)
+    expand_home(config)
     return config
 
 
@@ -108,7 +117,7 @@ def build(config: Any, **more: Any) -> Any:
     """
     try:
         check_arguments(config)
-        built = instantiate(config)
+        built = instantiate(config, **_whitelist(config))
         return built(**more) if more else built
     except OmegaConfBaseException as error:  # some are ValueErrors, too
         raise UserError(explain(error, [])) from error
@@ -130,6 +139,25 @@ def build(config: Any, **more: Any) -> Any:
         raise
 
 
+def _whitelist(config: Any) -> dict[str, Any]:
+    """What Hydra from 1.4 on wants to be told: the packages that a configuration may name are those that it names.
+
+    That of a stored file has been checked before, see `dyndet.checkpoints.trusted`.
+    """
+    if "_execution_whitelist_" not in inspect.signature(instantiate).parameters:
+        return {}
+    named = _targets(OmegaConf.to_container(config, resolve=True))  # resolved: most parts lie elsewhere
+    roots = {target.partition(".")[0] for target in named}
+    return {"_execution_whitelist_": [f"{root}.*" for root in sorted(roots)]}
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict) and isinstance(node.get("_target_"), str):
+        yield node["_target_"]
+    for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _targets(part)
+
+
 def fill(config: DictConfig, changes: DictConfig, prefix: str) -> None:
     """Sets the keys of `changes` that are not null.
 
@@ -146,13 +174,19 @@ def fill(config: DictConfig, changes: DictConfig, prefix: str) -> None:
 
 
 def explain(error: Exception, arguments: Sequence[str], command: str = "train") -> str:
-    """One line: what in the arguments of `python -m dyndet.COMMAND` is wrong, and what was probably meant."""
+    """One line: what in the arguments of `dyndet COMMAND` is wrong, and what was probably meant."""
     text = str(error)
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        return f"{error.override} is no value that Hydra can read: if it is text, quote it: {advice(error.override)}"
     missing = re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
     if isinstance(error, MissingConfigException) and missing:
         group, name = missing.groups()
         if now := replacement(f"{group}={name}"):
             return f"the {group} {name!r} is now: {now}"
+        if group in ("hydra/sweeper", "hydra/launcher"):
+            return (
+                f"there is no {group} {name!r} here: pip install 'dyndet[sweep]' has Optuna, 'dyndet[slurm]' submitit"
+            )
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE) or _options(group)
         return f"there is no {group} {name!r}.{_nearest(name, options)} Available: {', '.join(sorted(options))}"
     wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dyndet.data.box_sizes import base_range, reaches
 from dyndet.data.datamodule import DetectionDataModule
@@ -26,8 +27,8 @@ def follow_data(config: DictConfig, data: DetectionDataModule) -> str:
 
 
 def _level_ranges(config: DictConfig, data: DetectionDataModule) -> str:
-    assigner = config.get("predictor", {}).get("assigner") or {}
-    if "base_range" not in assigner or assigner.base_range is not None:
+    assigner: Any = OmegaConf.select(config, "predictor.assigner")
+    if not OmegaConf.is_config(assigner) or "base_range" not in assigner or assigner.base_range is not None:
         return ""
     strides = [int(stride) for stride in config.backbone.get("strides") or (8, 16, 32)]
     strides += [strides[-1] * 2 ** (more + 1) for more in range(config.neck.get("extra_levels") or 0)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dyndet.moved import MOVED
+
 _HIGH = "+experiment=fcos_d8_dyn_high"
 _R101 = "backbone.name=resnet101.tv_in1k"
 _X101 = "backbone.name=resnext101_64x4d.tv_in1k"
@@ -85,19 +87,10 @@ RENAMED: dict[str, str] = {
     "data.module.divisor": "data.module.pad_multiple",
     "dyndet.models.preprocess.Preprocess.divisor": "dyndet.models.preprocess.Preprocess.pad_multiple",
     "dyndet.data.datamodule.DetectionDataModule.divisor": "dyndet.data.datamodule.DetectionDataModule.pad_multiple",
-    # where parts lay
-    "dyndet.lightning.budget": "dyndet.lightning.budget_warmup",
-    "dyndet.lightning.router": "dyndet.lightning.router_module",
-    "dyndet.models.backbone": "dyndet.models.backbones.timm",
-    "dyndet.models.cascade": "dyndet.models.dynamicdet",
-    "dyndet.models.detectors.cascade": "dyndet.models.detectors.dynamic",
+    # where parts lay, and functions that were called otherwise there
+    **MOVED,
     "dyndet.models.detectors.cascade.assemble_cascade": "dyndet.models.detectors.dynamic.assemble_dynamic",
     "dyndet.models.detectors.dynamic.assemble_cascade": "dyndet.models.detectors.dynamic.assemble_dynamic",
-    "dyndet.models.predictors.assign": "dyndet.models.predictors.fcos_assign",
-    "dyndet.models.predictors.yolo": "dyndet.models.predictors.yolo_predictor",
-    "dyndet.models.two_stage.cascade": "dyndet.models.two_stage.cascade_rcnn",
-    "dyndet.models.yolo.backbone": "dyndet.models.backbones.yolov7",
-    "dyndet.models.yolo.neck": "dyndet.models.necks.yolov7_pan",
 }
 """From `GROUP=NAME`, a key (`head.old_name`), the module path of a `_target_` or an argument of one to what replaces
 it."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from dyndet.data.dataset import DetectionDataset
 from dyndet.data.sampler import keyed_generator
 from dyndet.data.transforms import Transform
+from dyndet.errors import DataError
 
 SHARES = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)
 """Level ranges in strides: 8 is published, below 2.5 a level would have hardly a point per object."""
@@ -29,7 +30,10 @@ def reaches(dataset: DetectionDataset, transform: Transform | None, *, images: i
     count = min(images, len(dataset))
     found = [torch.zeros(0)]
     for position in range(count):
-        sample = dataset[position * len(dataset) // count]
+        try:
+            sample = dataset[position * len(dataset) // count]
+        except DataError:  # said when it is trained on
+            continue
         if transform is not None:
             sample = transform(sample, keyed_generator(0, position))
         boxes = sample.target.boxes[~sample.target.crowd]

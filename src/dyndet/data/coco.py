@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dyndet.data.images import resolve_inside
+from dyndet.data.images import find_inside
 from dyndet.data.masks import Segmentation
-from dyndet.data.records import FileDataset, Record, Repairs
-from dyndet.errors import DataError
-from dyndet.structures import Category
-
-Entry = dict[str, Any]
+from dyndet.data.numbers import Entry, number, text, whole
+from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
+from dyndet.errors import DataError, MissingDataError
+from dyndet.structures import Category, Truth
 
 
 class CocoDataset(FileDataset):
     """Images with a COCO json. Category and image ids may have gaps and come back unchanged.
+
+    Numbers may be written as texts (`iscrowd: "0"`) or floats (`3.0`). File names may be those of Windows or macOS
+    (`find_inside`). Of a Roboflow export the placeholder that stands for all classes is left out: category 0 without
+    annotations, the supercategory of the others.
 
     Args:
         annotations: the json file.
@@ -29,6 +30,7 @@ class CocoDataset(FileDataset):
         classes: names of the categories to keep, in label order; None keeps all, ordered by id.
         skip_empty: leaves out images without a box that trains (usual for training; evaluation needs them all).
         load_masks: whether targets carry (N, H, W) masks.
+        content: of the json, where `load_coco` has read it already.
 
     Raises:
         DataError: if the json or an entry of it is malformed, contradicts itself or names files outside of `images`.
@@ -43,13 +45,17 @@ class CocoDataset(FileDataset):
         classes: Sequence[str] | None = None,
         skip_empty: bool = False,
         load_masks: bool = False,
+        content: Entry | None = None,
     ) -> None:
         file, folder = Path(annotations), Path(images)
-        content = _load(file)
+        content = load_coco(file) if content is None else content
         if not folder.is_dir():
-            raise DataError(f"image folder {folder} does not exist: give the folder that {file} takes its names from")
+            raise MissingDataError(
+                f"image folder {folder} does not exist: give the folder that {file} takes its names from"
+            )
         try:
-            known = _categories(content["categories"], file)
+            _settle(content, file)
+            known = _categories(content, file)
             grouped = _by_image(content, {category.id for category in known}, file)
             categories = known if classes is None else _chosen(known, classes, file)
             repairs = Repairs()
@@ -65,11 +71,16 @@ class CocoDataset(FileDataset):
         )
 
 
-def _load(file: Path) -> Entry:
+def load_coco(file: Path) -> Entry:
+    """Parses a COCO json.
+
+    Raises:
+        DataError: if it cannot be read, or lacks one of its lists.
+    """
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
-        raise DataError(f"annotation file {file} cannot be read ({error.strerror}): check the path") from error
+        raise MissingDataError(f"annotation file {file} cannot be read ({error.strerror}): check the path") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"annotation file {file} is not valid json ({error}): export or download it again") from error
     for key in ("images", "annotations", "categories"):
@@ -79,15 +90,39 @@ def _load(file: Path) -> Entry:
     return content
 
 
-def _categories(entries: list[Entry], file: Path) -> list[Category]:
-    categories = [Category(_integer(entry, "id", f"{file}: category"), str(entry["name"])) for entry in entries]
+def _settle(content: Entry, file: Path) -> None:
+    """Makes whole numbers of all ids, in place."""
+    for entry in content["categories"]:
+        entry["id"] = whole(entry, "id", f"{file}: category")
+    for entry in content["images"]:
+        entry["id"] = whole(entry, "id", f"{file}: image {entry.get('file_name')}")
+    for position, entry in enumerate(content["annotations"]):
+        entry["id"] = whole(entry, "id", f"{file}: annotation at position {position}")
+        for key in ("category_id", "image_id"):
+            entry[key] = whole(entry, key, f"{file}: annotation {entry['id']}")
+
+
+def _categories(content: Entry, file: Path) -> list[Category]:
+    entries = [entry for entry in content["categories"] if not _is_placeholder(entry, content)]
+    categories = [Category(entry["id"], text(entry, "name", f"{file}: category {entry['id']}")) for entry in entries]
     if len({category.id for category in categories}) < len(categories):
         raise DataError(f"{file}: category ids must be unique")
     return sorted(categories, key=lambda category: category.id)
 
 
+def _is_placeholder(entry: Entry, content: Entry) -> bool:
+    if entry["id"] != 0 or entry.get("supercategory") != "none":
+        return False
+    others = [other for other in content["categories"] if other is not entry]
+    if not others or any(other.get("supercategory") != entry.get("name") for other in others):
+        return False
+    return all(annotation["category_id"] != 0 for annotation in content["annotations"])
+
+
 def _chosen(known: list[Category], names: Sequence[str], file: Path) -> list[Category]:
     by_name = {category.name: category for category in known}
+    if len(by_name) < len(known):
+        return known  # refused as a whole
     for name in names:
         if name not in by_name:
             raise DataError(f"{file} has no category {name!r}: choose classes from {', '.join(by_name)}")
@@ -98,20 +133,19 @@ def _by_image(content: Entry, category_ids: set[int], file: Path) -> dict[int, l
     """Annotations per image id, once all ids are known to be right."""
     image_ids = set()
     for entry in content["images"]:
-        image_id = _integer(entry, "id", f"{file}: image {entry.get('file_name')}")
+        image_id = entry["id"]
         if image_id in image_ids:
             raise DataError(f"{file}: image id {image_id} occurs twice ({entry.get('file_name')}): ids must be unique")
         image_ids.add(image_id)
     grouped: dict[int, list[Entry]] = defaultdict(list)
     seen = set()
-    for position, entry in enumerate(content["annotations"]):
-        key = _integer(entry, "id", f"{file}: annotation at position {position}")
-        where = f"{file}: annotation {key}"
+    for entry in content["annotations"]:
+        key, where = entry["id"], f"{file}: annotation {entry['id']}"
         if key in seen:
             raise DataError(f"{where} occurs twice: annotation ids must be unique")
-        if _integer(entry, "category_id", where) not in category_ids:
+        if entry["category_id"] not in category_ids:
             raise DataError(f"{where} has category_id {entry['category_id']}, which is not in the list of categories")
-        if _integer(entry, "image_id", where) not in image_ids:
+        if entry["image_id"] not in image_ids:
             raise DataError(f"{where} has image_id {entry['image_id']}, which is not in the list of images")
         seen.add(key)
         grouped[entry["image_id"]].append(entry)
@@ -129,66 +163,65 @@ def _record(
 ) -> Record:
     where = f"{file}: image {image['id']}"
     try:
-        path = resolve_inside(folder, image["file_name"])
+        path = find_inside(folder, text(image, "file_name", where))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    size = (_integer(image, "height", where), _integer(image, "width", where))
+    size = (whole(image, "height", where), whole(image, "width", where))
     if min(size) < 1:
         raise DataError(f"{where} has a height or width below 1: correct the sizes")
 
     entries = [entry for entry in annotations if entry["category_id"] in labels]
-    boxes = np.array([_box(entry, file) for entry in entries], np.float64).reshape(-1, 4)
+    names = [f"{file}: annotation {entry['id']}" for entry in entries]
+    boxes = np.array([_box(*pair) for pair in zip(entries, names, strict=True)], np.float64).reshape(-1, 4)
+    corners = boxes.copy()
     with np.errstate(over="ignore", invalid="ignore"):
-        boxes[:, 2:] += boxes[:, :2]
-        areas = np.array([_area(entry, file) for entry in entries], np.float64).astype(np.float32)
+        corners[:, 2:] += boxes[:, :2]
+        areas = np.array([_area(*found) for found in zip(entries, boxes.tolist(), names, strict=True)], np.float64)
+    classes = np.array([labels[entry["category_id"]] for entry in entries], np.int64)
+    crowd = np.array([_crowd(*pair) for pair in zip(entries, names, strict=True)], np.bool_)
+    parts = [_segmentation(*pair) for pair in zip(entries, names, strict=True)] if load_masks else None
     record = Record(
         path=path,
         image_id=image["id"],
         size=size,
-        boxes=boxes,
-        labels=np.array([labels[entry["category_id"]] for entry in entries], np.int64),
-        crowd=np.array([bool(entry.get("iscrowd", 0)) for entry in entries], np.bool_),
-        areas=areas,
-        segmentations=[_segmentation(entry, file) for entry in entries] if load_masks else None,
+        boxes=corners,
+        labels=classes,
+        crowd=crowd,
+        areas=areas.astype(np.float32),
+        segmentations=parts,
         annotation_ids=np.array([entry["id"] for entry in entries], np.int64),
+        truth=Truth(boxes, classes, crowd, areas, parts),
     )
     return record.repaired(repairs, lambda index: f"annotation {entries[index]['id']}")
 
 
-def _box(entry: Entry, file: Path) -> list[float]:
+def _box(entry: Entry, where: str) -> list[float]:
     box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
-        raise DataError(f"{file}: annotation {entry['id']} has bbox {box!r}: give [x, y, width, height] in pixels")
-    return [_float(side) for side in box]
+    sides = [number(side) for side in box] if isinstance(box, list) and len(box) == 4 else [None]
+    if None in sides:
+        raise DataError(f"{where} has bbox {box!r}: give [x, y, width, height] in pixels")
+    return [side for side in sides if side is not None]
 
 
-def _area(entry: Entry, file: Path) -> float:
+def _area(entry: Entry, box: list[float], where: str) -> float:
     """As annotated, else of the box."""
-    area = entry.get("area")
-    if area is None:
-        return abs(_float(entry["bbox"][2]) * _float(entry["bbox"][3]))
-    if not isinstance(area, int | float) or not 0 <= area < math.inf:
-        raise DataError(f"{file}: annotation {entry['id']} has area {area!r}: give square pixels, or leave it out")
-    return _float(area)
+    if entry.get("area") is None:
+        return abs(box[2] * box[3])
+    area = number(entry["area"])
+    if area is None or not 0 <= area < float("inf"):
+        raise DataError(f"{where} has area {entry['area']!r}: give square pixels, or leave it out")
+    return area
 
 
-def _segmentation(entry: Entry, file: Path) -> Segmentation:
+def _crowd(entry: Entry, where: str) -> bool:
+    value = entry.get("iscrowd")
+    if value is not None and number(value) not in (0, 1):
+        raise DataError(f"{where} has iscrowd {value!r}: give 0 or 1, or leave it out")
+    return number(value) == 1
+
+
+def _segmentation(entry: Entry, where: str) -> Segmentation:
     segmentation = entry.get("segmentation")
     if not segmentation or not isinstance(segmentation, list | dict):
-        raise DataError(f"{file}: annotation {entry['id']} has no segmentation: add one or set load_masks=false")
+        raise DataError(f"{where} has no segmentation: add one or {WITHOUT_MASKS}")
     return segmentation
-
-
-def _integer(entry: Entry, key: str, where: str) -> int:
-    value = entry.get(key)
-    if not isinstance(value, int) or abs(value) >= 2**63:
-        raise DataError(f"{where} has {key} {value!r}: give a whole number")
-    return value
-
-
-def _float(value: float) -> float:
-    """Integers of json have no limit, floats do."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf

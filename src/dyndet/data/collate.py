@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from dyndet.errors import DataError, UserError
+from dyndet.inputs import check_images
 from dyndet.structures import Batch, ImageBatch, Sample
 
 
@@ -25,7 +26,9 @@ class Collate:
         self.pad_multiple = pad_multiple
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        images = ImageBatch.of([sample.image for sample in samples], self.pad_multiple)
+        pixels = [sample.image for sample in samples]
+        check_images(pixels)
+        images = ImageBatch.of(pixels, self.pad_multiple)
         for target in (sample.target for sample in samples):
             if min(target.original_size) < 1:
                 raise DataError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,16 @@ from torch.utils.data import DataLoader
 
 from dyndet.data.collate import Collate
 from dyndet.data.dataset import DetectionDataset
+from dyndet.data.layouts.folder import DataFolder
 from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, Mix, keyed_generator
 from dyndet.data.transforms import Compose, Transform
-from dyndet.errors import DataError, UserError
+from dyndet.data.usable import refuse_useless, warn_of_flat
+from dyndet.data.workers import loader_workers
+from dyndet.errors import DataError, MissingDataError, UserError
+from dyndet.inputs import checked_targets
 from dyndet.structures import Batch, Category, ImageBatch, Sample
 
-Source = DetectionDataset | Callable[[], DetectionDataset]
+Source = DetectionDataset | Callable[..., DetectionDataset]
 Transforms = Transform | Sequence[Transform] | None
 
 
@@ -34,14 +38,14 @@ class DetectionDataModule(LightningDataModule):
     Args:
         train: the training set, or a callable that builds it when it is needed.
         val: the validation set, which is also the test and prediction set, or a callable.
-        num_classes: number of classes the model is built for; checked against the data.
         batch_size: training images per process.
+        num_classes: number of classes the model is built for, checked against the data; None takes that of the data.
+        folder: where both sets come from; `train` and `val` are called with it when they are built.
         train_mix: makes a training image of several (a mosaic, say), before the transforms.
         train_transform: one transform or several in order.
         val_transform: the same for evaluation.
         val_batch_size: evaluation images per process; `batch_size` when None.
-        num_workers: loader processes; 0 loads in the main process. None takes those that the machine has cores for
-            beside the main process, at most 4.
+        num_workers: loader processes, no more than there are cores; 0 loads in the main process, see `loader_workers`.
         pad_multiple: batches are padded to a multiple of this many pixels.
         group_by_aspect: training batches hold only landscape or only portrait images, as far as possible.
         drop_last: leaves out a last training batch that is not full.
@@ -49,24 +53,22 @@ class DetectionDataModule(LightningDataModule):
         pin_memory: page-locked batches; when CUDA is there if None.
         max_train: use only so many training images, spread evenly over the set.
         max_val: the same for validation.
-        hint: what to do when the data cannot be found; added to that error.
+        hint: what to do when files cannot be found; added to that error.
     """
-
-    # With more processes than evaluation images, some processes have none.
-    allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(
         self,
         *,
         train: Source,
         val: Source,
-        num_classes: int,
         batch_size: int,
+        num_classes: int | None = None,
+        folder: DataFolder | None = None,
         train_mix: Mix | None = None,
         train_transform: Transforms = None,
         val_transform: Transforms = None,
         val_batch_size: int | None = None,
-        num_workers: int | None = 0,
+        num_workers: int | Literal["auto"] = 0,
         pad_multiple: int = 32,
         group_by_aspect: bool = False,
         drop_last: bool = True,
@@ -80,13 +82,14 @@ class DetectionDataModule(LightningDataModule):
         for key, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be at least 1, got {value}")
-        self.num_classes = num_classes
+        self._num_classes = num_classes
+        self.folder = folder
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.train_mix = train_mix
         self.train_transform = _composed(train_transform)
         self.val_transform = _composed(val_transform)
-        self.num_workers = min(4, cores() - 1) if num_workers is None else num_workers
+        self.num_workers = loader_workers(num_workers)
         self.collate = Collate(pad_multiple)
         self.group_by_aspect = group_by_aspect
         self.drop_last = drop_last
@@ -104,7 +107,7 @@ class DetectionDataModule(LightningDataModule):
         """Builds the splits that `stage` needs, once.
 
         Raises:
-            DataError: if a split is empty.
+            DataError: if a split is empty or none of its boxes is usable.
             UserError: if the categories do not fit `num_classes` or differ between the splits.
         """
         if stage in ("fit", None):
@@ -124,6 +127,11 @@ class DetectionDataModule(LightningDataModule):
         """Category k belongs to label k. Needs `setup`."""
         return self.val.categories
 
+    @property
+    def num_classes(self) -> int:
+        """As many as there are categories. Needs `setup`, unless the number was given."""
+        return len(self.categories) if self._num_classes is None else self._num_classes
+
     def train_dataloader(self) -> DataLoader[Sample]:
         rank, world_size = _rank_and_world_size()
         # Overfitting a few batches means the same ones in every epoch.
@@ -138,7 +146,7 @@ class DetectionDataModule(LightningDataModule):
         if not len(batches):
             raise UserError(
                 f"the training split gives {len(self._sampler)} images per process, too few for one batch of "
-                f"{self.batch_size}: lower data.batch_size or set data.drop_last=false"
+                f"{self.batch_size}: lower data.batch_size or set data.module.drop_last=false"
             )
         dataset = KeyedDataset(self.train, self.train_transform, self.seed, self.train_mix)
         return self._loader(dataset, batch_sampler=batches)
@@ -146,6 +154,8 @@ class DetectionDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Sample]:
         rank, world_size = _rank_and_world_size()
         sampler = KeyedSampler(len(self.val), shuffle=False, even=False, rank=rank, world_size=world_size)
+        if not len(sampler):  # more processes than images: Lightning skips loaders without batches, the others wait
+            return DataLoader([NOTHING], batch_size=None)  # type: ignore[arg-type]
         dataset = KeyedDataset(self.val, self.val_transform, self.seed)
         return self._loader(dataset, sampler=sampler, batch_size=self.val_batch_size)
 
@@ -155,6 +165,12 @@ class DetectionDataModule(LightningDataModule):
         count = min(count, len(dataset))
         return [self.collate([dataset[i * len(dataset) // count]]).images for i in range(count)]
 
+    def training_samples(self, count: int) -> list[Sample]:
+        """What training is shown first, so many, as in epoch 0: mixed, transformed, not yet a batch."""
+        dataset = KeyedDataset(self.train, self.train_transform, self.seed, self.train_mix)
+        order = KeyedSampler(len(self.train), shuffle=True, even=True, seed=self.seed)
+        return [dataset[key] for key in islice(order, count)]
+
     def test_dataloader(self) -> DataLoader[Sample]:
         return self.val_dataloader()
 
@@ -163,6 +179,8 @@ class DetectionDataModule(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if isinstance(batch, Batch):
+            if device.type != "cpu" and self.trainer is not None and self.trainer.training:
+                checked_targets(batch.targets, batch.images)  # while nothing has to wait for their values
             return batch.to(device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
@@ -204,24 +222,25 @@ class DetectionDataModule(LightningDataModule):
             return
         source = self._sources[name]
         try:
-            split = source() if callable(source) else source
-        except DataError as error:
-            raise DataError(f"{error}. {self.hint}" if self.hint else str(error)) from error
+            split = source(*([] if self.folder is None else [self.folder])) if callable(source) else source
+        except MissingDataError as error:
+            raise MissingDataError(f"{error}. {self.hint}" if self.hint else str(error)) from error
+        refuse_useless(split, name)
+        if name == "train":
+            warn_of_flat(split, name)
         if limit is not None and limit < len(split):
             split = Subset(split, [i * len(split) // limit for i in range(limit)])
         if not len(split):
-            raise DataError(f"the {name} split has no images: check data.{name} and data.max_{name}")
-        if len(split.categories) != self.num_classes:
-            count = len(split.categories)
+            raise DataError(f"the {name} split has no images: check its files and data.max_{name}")
+        count = len(split.categories)
+        if self._num_classes not in (None, count):
             raise UserError(
-                f"the data has {count} categories but num_classes is {self.num_classes}: set data.num_classes={count}"
+                f"the data has {count} categories but num_classes is {self._num_classes}: set data.num_classes={count} "
+                "or data.num_classes=null"
             )
         for other, built in self._splits.items():
             if built.categories != split.categories:
-                raise UserError(
-                    f"the {other} and {name} splits must list the same categories in the same order, but have "
-                    f"{_listed(built.categories)} and {_listed(split.categories)}"
-                )
+                raise UserError(_difference(other, built.categories, name, split.categories))
         self._splits[name] = split
 
     def _split(self, name: str) -> DetectionDataset:
@@ -240,6 +259,10 @@ class DetectionDataModule(LightningDataModule):
             generator=keyed_generator(self.seed),
             **kwargs,
         )
+
+
+NOTHING = Batch(ImageBatch.of(torch.zeros(0, 3, 1, 1)), [])
+"""What a process without evaluation images takes its part in validation with."""
 
 
 class Subset:
@@ -267,14 +290,27 @@ def _composed(transforms: Transforms) -> Transform | None:
     return Compose(transforms) if isinstance(transforms, Sequence) else transforms
 
 
+def _difference(one: str, ones: Sequence[Category], other: str, others: Sequence[Category]) -> str:
+    """Says how the categories of two splits differ."""
+    only = [
+        f"{_listed(more)} only in {name}"
+        for name, more in ((one, _without(ones, others)), (other, _without(others, ones)))
+        if more
+    ]
+    said = " and ".join(only) or f"another order: {_listed(ones)} and {_listed(others)}"
+    return (
+        f"the {one} and {other} splits must list the same categories (id and name), but there is {said}: correct the "
+        "files so that both list all"
+    )
+
+
+def _without(categories: Sequence[Category], others: Sequence[Category]) -> list[Category]:
+    return [category for category in categories if category not in set(others)]
+
+
 def _listed(categories: Sequence[Category]) -> str:
     shown = ", ".join(f"{category.id} {category.name}" for category in categories[:5])
     return f"[{shown}{', ...' if len(categories) > 5 else ''}]"
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _rank_and_world_size() -> tuple[int, int]:

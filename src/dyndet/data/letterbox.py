@@ -57,4 +57,5 @@ def pad(sample: Sample, canvas: Size, *, fill: int = FILL) -> Sample:
     target = sample.target
     masks = None if target.masks is None else F.pad(target.masks, border)
     boxes = target.boxes + torch.tensor([left, top] * 2, dtype=target.boxes.dtype)
-    return Sample(F.pad(sample.image, border, value=fill), replace(target, boxes=boxes, masks=masks))
+    target = replace(target, boxes=boxes, masks=masks, segmentations=None, truth=None)
+    return Sample(F.pad(sample.image, border, value=fill), target)

@@ -138,6 +138,7 @@ def merge(targets: Sequence[Target], size: Size) -> Target:
         original_size=size,
         difficulty=None,
         segmentations=None,
+        truth=None,
     )
 
 

@@ -13,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dyndet.data.images import image_size, read_image
+from dyndet.data.images import Header, read_header, read_image
 from dyndet.data.masks import Segmentation, decode_mask
+from dyndet.data.orientation import Seen, judge
+from dyndet.data.units import check_units
 from dyndet.errors import DataError
-from dyndet.structures import Category, Sample, Size, Target
+from dyndet.structures import Category, Sample, Size, Target, Truth
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,13 @@ TOLERANCE = 0.1
 """Pixels by which a box may leave its image unreported: annotations are rounded."""
 
 EXAMPLES = 3
+
+LOOKED_AT = 200
+"""Images of a set whose headers are read at once, where the annotations tell the sizes of all."""
+
+WITHOUT_MASKS = "set data.masks=false (load_masks=False in Python)"
+
+_KEPT = {"clipped": "to the image", "tiny": "(a side below 1 pixel) kept"}
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,16 @@ class Record:
     Attributes:
         path: the image file.
         image_id: id in the original annotations.
-        size: (H, W) as annotated.
+        size: (H, W) as annotated; of the upright image where annotations do not say.
         boxes: (N, 4) xyxy in pixels; float32 once repaired.
         labels: (N,) int64 in 0..K-1.
         crowd: (N,) bool.
         areas: (N,) annotated areas in square pixels, None where there are none.
         segmentations: N polygons or run lengths, None when there are none or they were not asked for.
         annotation_ids: (N,) ids in the original annotations, None where the format has none.
+        truth: the objects as annotated, those included that are not fit for training; None before `repaired`.
+        header: of the image file, where it has been read.
+        sized: whether the annotations say for which size they are.
     """
 
     path: Path
@@ -51,27 +63,33 @@ class Record:
     areas: NDArray[np.float32] | None = None
     segmentations: list[Segmentation] | None = None
     annotation_ids: NDArray[np.int64] | None = None
+    truth: Truth | None = None
+    header: Header | None = None
+    sized: bool = True
 
     @classmethod
     def of(
         cls,
         path: Path,
         image_id: int,
-        size: Size,
+        size: Size | Header,
         boxes: Sequence[Sequence[float]] | NDArray[np.floating],
         labels: Sequence[int],
         crowd: Sequence[bool] | None = None,
         segmentations: list[Segmentation] | None = None,
     ) -> Record:
-        """From plain lists; without `crowd`, no box is one."""
+        """From plain lists; without `crowd`, no box is one. A header stands for a size that annotations do not tell."""
+        header = size if isinstance(size, Header) else None
         return cls(
             path,
             image_id,
-            size,
+            size.upright if isinstance(size, Header) else size,
             np.asarray(boxes, np.float64).reshape(-1, 4),
             np.asarray(labels, np.int64),
             np.zeros(len(labels), np.bool_) if crowd is None else np.asarray(crowd, np.bool_),
             segmentations=segmentations,
+            header=header,
+            sized=header is None,
         )
 
     @property
@@ -80,7 +98,7 @@ class Record:
         return bool(self.crowd.all())
 
     def repaired(self, repairs: Repairs, name: Callable[[int], str]) -> Record:
-        """The same with boxes clipped to the image, and without those that are no boxes in it.
+        """The same with boxes clipped to the image, and without those that are no boxes in it; `truth` keeps all.
 
         Args:
             repairs: counts what was done.
@@ -91,14 +109,16 @@ class Record:
             boxes = self.boxes.astype(np.float32)
             clipped = boxes.clip(0, np.array([width, height] * 2, np.float32))
             sides, visible = boxes[:, 2:] - boxes[:, :2], clipped[:, 2:] - clipped[:, :2]
-            if (sides > 0).all() and (boxes == clipped).all():
-                return replace(self, boxes=boxes)
+            truth = self.truth or self._as_annotated()
+            if (sides >= 1).all() and (boxes == clipped).all():
+                return replace(self, boxes=boxes, truth=truth)
             problems = {
                 "non-finite": ~np.isfinite(boxes).all(1),
                 "inverted": (sides < 0).any(1),
                 "zero-size": (sides == 0).any(1),
                 "outside": (visible <= 0).any(1),
                 "clipped": (np.abs(boxes - clipped) > TOLERANCE).any(1),
+                "tiny": (visible < 1).any(1),
             }
         keep = np.ones(len(boxes), np.bool_)
         pending = keep.copy()
@@ -106,10 +126,17 @@ class Record:
             for index in np.flatnonzero(found & pending):
                 repairs.add(kind, name(int(index)))
             pending &= ~found
-            if kind != "clipped":
+            if kind not in _KEPT:
                 keep &= ~found
-        record = replace(self, boxes=clipped)
+        if problems["non-finite"].any():  # which nothing can be compared with
+            truth = truth[~problems["non-finite"]]
+        record = replace(self, boxes=clipped, truth=truth)
         return record if keep.all() else record._selected(keep)
+
+    def _as_annotated(self) -> Truth:
+        boxes = self.boxes.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        return Truth(boxes, self.labels, self.crowd, self.areas, self.segmentations)
 
     def _selected(self, keep: NDArray[np.bool_]) -> Record:
         arrays = ("boxes", "labels", "crowd", "areas", "annotation_ids")
@@ -125,7 +152,7 @@ class Record:
             DataError: if there are none or one is malformed.
         """
         if self.segmentations is None:
-            raise DataError(f"{self.path} has no segmentations: set load_masks=false")
+            raise DataError(f"{self.path} has no segmentations: {WITHOUT_MASKS}")
         masks = np.zeros((len(self.boxes), *self.size), np.bool_)
         for index, segmentation in enumerate(self.segmentations):
             try:
@@ -139,7 +166,7 @@ class Record:
 
 @dataclass
 class Repairs:
-    """How many boxes were repaired ("clipped") or dropped ("non-finite", "inverted", "zero-size", "outside").
+    """How many boxes were "clipped", dropped ("non-finite", "inverted", "zero-size", "outside") or are "tiny".
 
     Attributes:
         counts: boxes by kind.
@@ -157,7 +184,7 @@ class Repairs:
 
     @property
     def dropped(self) -> int:
-        return self.counts.total() - self.counts["clipped"]
+        return self.counts.total() - sum(self.counts[kind] for kind in _KEPT)
 
     def __bool__(self) -> bool:
         return self.counts.total() > 0
@@ -165,7 +192,7 @@ class Repairs:
     def __str__(self) -> str:
         parts = []
         for kind, count in self.counts.items():
-            verb = "to the image" if kind == "clipped" else "dropped"
+            verb = _KEPT.get(kind, "dropped")
             more = ", ..." if count > EXAMPLES else ""
             parts.append(f"{count} {kind} {verb} ({', '.join(self.examples[kind])}{more})")
         return "; ".join(parts) or "none"
@@ -182,9 +209,14 @@ class FileDataset:
         repairs: what was mended while the records were made; a summary is logged as one warning.
         source: where the annotations came from, for messages.
 
+    Attributes:
+        upright: whether images are turned by their EXIF orientation where the annotated size does not tell (see
+            `judge`); otherwise each is read as its annotated size says.
+
     Raises:
-        DataError: if there is no record, an image id occurs twice, or the first image is missing or of another size
-            than annotated (so that a wrong image folder is seen at once). Reading a sample raises it too.
+        DataError: if there is no record, an image id or a class name occurs twice, all boxes are in another unit, or
+            the first image is missing or of another size than annotated (so that a wrong image folder is seen at
+            once). Reading a sample raises it too.
     """
 
     def __init__(
@@ -199,20 +231,25 @@ class FileDataset:
     ) -> None:
         records = [record for record in records if not (skip_empty and record.is_empty)]
         if not records:
-            raise DataError(f"{source} has no images: check the split, the file, and skip_empty")
+            raise DataError(f"{source} has no images: check the split, the file, and data.skip_empty")
         image_id, uses = Counter(record.image_id for record in records).most_common(1)[0]
         if uses > 1:
             raise DataError(f"{source}: image id {image_id} occurs {uses} times: ids must be unique")
         if load_masks and any(record.segmentations is None for record in records):
-            raise DataError(f"{source} has images without segmentations: set load_masks=false")
-        _check_size(records[0], image_size(records[0].path))
+            raise DataError(f"{source} has images without segmentations: {WITHOUT_MASKS}")
+        _check_categories(categories, source)
+        first = records[0].header or read_header(records[0].path)
+        _check_size(records[0], first.upright if first.reads_upright(records[0].size) else first.stored)
+        check_units(records, source)
         self.records = records
         self.categories = list(categories)
         self.sizes = [record.size for record in self.records]
         self.load_masks = load_masks
         self.repairs = Repairs() if repairs is None else repairs
+        self.source = source
+        self.upright = judge(_looked_at(records), source, len(records))
         if self.repairs:
-            logger.warning("%s: boxes mended: %s", source, self.repairs)
+            logger.warning("%s: boxes mended: %s; evaluation takes them as annotated", source, self.repairs)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -220,9 +257,7 @@ class FileDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self.records):
             raise IndexError(f"image {index} of {len(self.records)}")
-        record = self.records[index]
-        image = read_image(record.path)
-        _check_size(record, (image.shape[1], image.shape[2]))
+        record, image = self.records[index], self.image(index)
         target = Target(
             boxes=torch.from_numpy(record.boxes.astype(np.float32)),
             labels=torch.from_numpy(record.labels.copy()),
@@ -233,13 +268,56 @@ class FileDataset:
             image_id=record.image_id,
             original_size=record.size,
             path=str(record.path),
+            truth=record.truth,
         )
         return Sample(image, target)
+
+    def image(self, index: int) -> Tensor:
+        """Image `index` without its annotations, uint8 (3, H, W)."""
+        record = self.records[index]
+        image = read_image(record.path, annotated=record.size if record.sized else None, upright=self.upright)
+        _check_size(record, (image.shape[1], image.shape[2]))
+        return image
+
+
+def _looked_at(records: Sequence[Record]) -> list[Seen]:
+    """Headers that are known, and some of the others, spread evenly."""
+    count = len(records)
+    places = range(count) if count <= LOOKED_AT else [i * count // LOOKED_AT for i in range(LOOKED_AT)]
+    known = {place: record.header for place, record in enumerate(records) if record.header is not None}
+    for place in places:
+        try:
+            known[place] = known.get(place) or read_header(records[place].path)
+        except DataError:  # said when it is read
+            continue
+    return [
+        Seen(records[place].path, header, records[place].size if records[place].sized else None)
+        for place, header in sorted(known.items())
+    ]
 
 
 def _check_size(record: Record, size: Size) -> None:
     if size != record.size:
+        orientation = read_header(record.path).orientation
+        turned = f", nor without its EXIF orientation {orientation}" if orientation != 1 else ""
         raise DataError(
             f"{record.path} has {size[0]} x {size[1]} pixels (H x W), but its annotations are for {record.size[0]} x "
-            f"{record.size[1]}: use the annotated file (images are read without rotating them by EXIF orientation)"
+            f"{record.size[1]}{turned}: use the annotated file"
         )
+
+
+def _check_categories(categories: Sequence[Category], source: str | Path) -> None:
+    if not categories:
+        raise DataError(f"{source} has no categories: name at least one")
+    seen: dict[str, int] = {}
+    for category in categories:
+        if category.id < 0:
+            raise DataError(f"{source}: category {category.name!r} has id {category.id}: ids must not be negative")
+        if not category.name.strip():
+            raise DataError(f"{source}: category {category.id} has no name: give it one")
+        if category.name in seen:
+            raise DataError(
+                f"{source}: categories {seen[category.name]} and {category.id} are both called {category.name!r}: "
+                "names must be unique"
+            )
+        seen[category.name] = category.id

@@ -69,6 +69,27 @@ class ResizeShortestEdge:
         return resize(sample, shortest_edge_size((height, width), self.short[pick], self.max_size))
 
 
+def resizing(short: int | Sequence[int], max_size: int, *, size: Size | int | None = None) -> Transform:
+    """How images come to the size that a detector sees.
+
+    Args:
+        short: as of `ResizeShortestEdge`.
+        max_size: the same.
+        size: where given, decides alone: one number is the shorter side (the longer one is at most 5/3 of it), (H, W)
+            is the exact size, whatever the aspect ratio.
+    """
+    if size is None:
+        return ResizeShortestEdge(short, max_size)
+    if isinstance(size, bool | float | str):
+        raise UserError(f"data.size must be a whole number of pixels or [H,W], got {size!r}")
+    if isinstance(size, int):
+        return ResizeShortestEdge(size, size * 5 // 3)
+    sides = [int(side) for side in size]
+    if len(sides) != 2:
+        raise UserError(f"data.size must be one number (short edge) or [H,W], got {sides}")
+    return Resize((sides[0], sides[1]))
+
+
 class RandomHorizontalFlip:
     """Mirrors left and right with probability `p`."""
 
@@ -135,7 +156,8 @@ def flip(sample: Sample) -> Sample:
     x1, y1, x2, y2 = target.boxes.unbind(1)
     boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
     masks = None if target.masks is None else tv.horizontal_flip(target.masks)
-    return Sample(tv.horizontal_flip(sample.image), replace(target, boxes=boxes, masks=masks))
+    target = replace(target, boxes=boxes, masks=masks, segmentations=None, truth=None)
+    return Sample(tv.horizontal_flip(sample.image), target)
 
 
 def _resize_masks(masks: Tensor, size: Size) -> Tensor:

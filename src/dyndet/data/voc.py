@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
-from dyndet.data.images import SUFFIXES, image_size, resolve_inside
+from dyndet.data.images import SUFFIXES, read_header, resolve_inside
 from dyndet.data.records import FileDataset, Record, Repairs
-from dyndet.errors import DataError
+from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
 logger = logging.getLogger(__name__)
 
 
 class VocDataset(FileDataset):
-    """The original layout: Annotations/, JPEGImages/, ImageSets/Main/SPLIT.txt.
+    """The original layout: Annotations/, JPEGImages/, ImageSets/Main/SPLIT.txt; or another that was recognised.
 
     Coordinates are taken as pixel edges, without adding or subtracting 1. The image id is the rank of a file among all
-    of Annotations, the category id the rank of a class; both start at 1 and are the same in every split.
+    annotations, the category id the rank of a class; both start at 1 and are the same in every split.
 
     Args:
-        root: folder that holds the three.
+        root: folder that holds the three; or what was found in another layout.
         split: name of the list of images.
         classes: names to keep, in label order; None takes those of all annotations, sorted.
         keep_difficult: keeps objects marked difficult as crowd, which never trains and is ignored by the evaluation
@@ -41,32 +43,80 @@ class VocDataset(FileDataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | VocFolder,
         *,
         split: str = "train",
         classes: Sequence[str] | None = None,
         keep_difficult: bool = True,
         skip_empty: bool = False,
     ) -> None:
-        root = Path(root)
-        listing, stems = _stems(root, split)
-        files = sorted(path for path in (root / "Annotations").glob("*.xml") if not path.name.startswith("."))
-        ranks = {path.stem: rank for rank, path in enumerate(files, start=1)}
-        for stem in stems:
-            if stem not in ranks:
-                raise DataError(f"{listing} names {stem!r}, but Annotations has no such xml: add it or remove the line")
-
-        pages = {path.stem: _read(resolve_inside(path.parent, path.name)) for path in files}
+        folder = root if isinstance(root, VocFolder) else OriginalFolder(root)
+        source, members = folder.members(split)
+        pages = folder.pages
         found = sorted({item.name for page in pages.values() for item in page.objects})
         names = found if classes is None else list(classes)
         absent = [name for name in names if name not in found]
         if absent:
-            logger.warning("%s: classes that no annotation has: %s (it has %s)", root, absent, found)
+            logger.warning("%s: classes that no annotation has: %s (it has %s)", folder.root, absent, found)
         labels = {name: label for label, name in enumerate(names)}
+        ranks = {path: rank for rank, path in enumerate(folder.files, start=1)}
         repairs = Repairs()
-        records = [_record(root, pages[stem], ranks[stem], labels, keep_difficult, repairs) for stem in stems]
+        records = [
+            _record(folder.image(file, pages[file].filename), pages[file], ranks[file], labels, keep_difficult, repairs)
+            for file in members
+        ]
         categories = [Category(id, name) for id, name in enumerate(names, start=1)]
-        super().__init__(records, categories, skip_empty=skip_empty, repairs=repairs, source=listing)
+        super().__init__(records, categories, skip_empty=skip_empty, repairs=repairs, source=source)
+
+
+class VocFolder(ABC):
+    """Where the annotations of a set lie, and what belongs to them. All are read once, with the first split.
+
+    Attributes:
+        root: the folder.
+        files: all annotations, in the order of image ids.
+    """
+
+    root: Path
+    files: list[Path]
+
+    @abstractmethod
+    def members(self, split: str) -> tuple[str | Path, list[Path]]:
+        """What a split is called in messages, and its annotations."""
+
+    @abstractmethod
+    def image(self, file: Path, filename: str) -> Path:
+        """The image of an annotation, which calls it `filename`."""
+
+    @cached_property
+    def pages(self) -> dict[Path, _Page]:
+        return {path: _read(resolve_inside(path.parent, path.name)) for path in self.files}
+
+
+class OriginalFolder(VocFolder):
+    """Annotations/, ImageSets/Main/ and a folder of images.
+
+    Args:
+        root: folder that holds them.
+        images: of all annotations' images; JPEGImages when None.
+    """
+
+    def __init__(self, root: str | Path, images: Path | None = None) -> None:
+        self.root = Path(root)
+        self.images = images or self.root / "JPEGImages"
+        files = sorted((self.root / "Annotations").glob("*.xml"))
+        self.files = [path for path in files if not path.name.startswith(".")]
+
+    def members(self, split: str) -> tuple[str | Path, list[Path]]:
+        listing, stems = _stems(self.root, split)
+        by_stem = {path.stem: path for path in self.files}
+        for stem in stems:
+            if stem not in by_stem:
+                raise DataError(f"{listing} names {stem!r}, but Annotations has no such xml: add it or remove the line")
+        return listing, [by_stem[stem] for stem in stems]
+
+    def image(self, file: Path, filename: str) -> Path:
+        return _image(self.images, file.stem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +132,7 @@ class _Page:
     """What one xml says; its size (H, W) holds 0 when it does not say."""
 
     path: Path
+    filename: str
     size: tuple[float, float]
     objects: list[_Object]
 
@@ -92,7 +143,10 @@ def _stems(root: Path, split: str) -> tuple[Path, list[str]]:
     listing = resolve_inside(folder, f"{split}.txt")
     if not listing.is_file():
         splits = ", ".join(sorted(path.stem for path in folder.glob("*.txt"))) or "none"
-        raise DataError(f"{listing} does not exist: set root and split (splits found there: {splits})")
+        raise MissingDataError(
+            f"{listing} does not exist: set data.root, and data.train_split and data.val_split (splits found there: "
+            f"{splits})"
+        )
     try:
         lines = listing.read_text("utf-8-sig").splitlines()
     except ValueError as error:
@@ -114,7 +168,10 @@ def _read(path: Path) -> _Page:
     if page is None:
         raise DataError(f"{path} is empty: correct it or remove it from the set")
     size = (_number(page, "size/height", path, 0), _number(page, "size/width", path, 0))
-    return _Page(path, size, [_object(item, path, i) for i, item in enumerate(page.findall("object"), start=1)])
+    filename = (page.findtext("filename") or "").strip()
+    return _Page(
+        path, filename, size, [_object(item, path, i) for i, item in enumerate(page.findall("object"), start=1)]
+    )
 
 
 def _object(item: Element, path: Path, position: int) -> _Object:
@@ -137,19 +194,21 @@ def _number(item: Element, key: str, where: str | Path, default: float | None = 
 
 
 def _record(
-    root: Path, page: _Page, image_id: int, labels: dict[str, int], keep_difficult: bool, repairs: Repairs
+    path: Path, page: _Page, image_id: int, labels: dict[str, int], keep_difficult: bool, repairs: Repairs
 ) -> Record:
-    path = _image(root / "JPEGImages", page.path.stem)
-    size = image_size(path)
-    if 0 not in page.size and page.size != size:
+    header = read_header(path)
+    size = header.stored if page.size == header.stored else header.upright
+    sized = 0 not in page.size
+    if sized and page.size != size:
+        turned = f", nor without its EXIF orientation {header.orientation}" if header.orientation != 1 else ""
         raise DataError(
             f"{page.path} is for an image of {page.size[0]:g} x {page.size[1]:g} pixels (H x W), but {path} has "
-            f"{size[0]} x {size[1]}: use the annotated file (images are read without rotating them by EXIF orientation)"
+            f"{size[0]} x {size[1]}{turned}: use the annotated file"
         )
     objects = [item for item in page.objects if item.name in labels and (keep_difficult or not item.difficult)]
     boxes = [item.box for item in objects]
     classes, crowd = [labels[item.name] for item in objects], [item.difficult for item in objects]
-    record = Record.of(path, image_id, size, boxes, classes, crowd)
+    record = replace(Record.of(path, image_id, size, boxes, classes, crowd), header=header, sized=sized)
     return record.repaired(repairs, lambda index: f"{page.path.name} object {objects[index].position}")
 
 

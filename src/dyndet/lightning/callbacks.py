@@ -1,20 +1,14 @@
-"""What is shown and written around training: the progress line, a result file, what validation found."""
+"""What is shown and written around training: the progress line and a result file."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-
-from dyndet.metrics.export import to_coco_json
-from dyndet.structures import Batch, Category
 
 
 class ResultFile(Callback):
@@ -43,48 +37,3 @@ class Progress(RichProgressBar):
             if key in trainer.callback_metrics:
                 items[name] = float(trainer.callback_metrics[key])
         return items
-
-
-class Collect(Callback):
-    """Keeps what a validation found as COCO results, and the seconds that the steps took.
-
-    Args:
-        categories: label k is `categories[k]`.
-
-    Attributes:
-        results: see `to_coco_json`; masks are run lengths, as the pixels of a whole set would fill the memory.
-        images: how many there were.
-        seconds: of the steps of this process.
-    """
-
-    def __init__(self, categories: Sequence[Category]) -> None:
-        self.categories = categories
-        self.results: list[dict[str, Any]] = []
-        self.images = 0
-        self.seconds = 0.0
-        self._started = 0.0
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._started = time.perf_counter()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.seconds += time.perf_counter() - self._started
-        self.results += to_coco_json(outputs["detections"], batch.targets, self.categories)
-        self.images += len(batch.targets)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:  # every process has seen its own images
-            parts: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(parts, (self.results, self.images))
-            self.results = [item for results, _ in parts for item in results]
-            self.images = sum(images for _, images in parts)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dyndet.lightning.going_on import align_data, continue_optimizer, parameter_names
+from dyndet.lightning.optim import warmup_multistep
 from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
@@ -52,6 +58,7 @@ class DetectionModule(LightningModule):
         self.compute = ComputeMeter(strides=detector.strides)
         self.static = StaticCosts(detector)
         self.validated_step = -1  # global step of the weights that were validated last
+        self._resumed: dict[str, Any] | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         losses = self.detector.losses(batch.images, batch.targets)
@@ -64,7 +71,9 @@ class DetectionModule(LightningModule):
         return losses.total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        """Updates the metrics; callbacks get the `detections` and the `routing` of the batch."""
+        """Updates the metrics; callbacks get the `detections` and the `routing` of the batch, which may be empty."""
+        if not batch.targets:
+            return {"detections": [], "routing": None}
         detections, routing = self.detector.detect_with_routing(batch.images)
         sizes = batch.images.sizes.tolist()
         macs = meter_batch(self.compute, self.static, routing, sizes)
@@ -86,13 +95,37 @@ class DetectionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         categories = [{"id": category.id, "name": category.name} for category in self.categories]
         checkpoint["dyndet"] = {"config": self.config, "categories": categories}
+        if self.trainer.optimizers:
+            checkpoint["dyndet"]["optimised"] = parameter_names(self, self.trainer.optimizers[0])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning goes on to load what is changed in `checkpoint`, here and in `configure_optimizers`."""
+        trainer: Any = self._trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._resumed = checkpoint
+        averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+        if "current_model_state" in checkpoint and not averaging:  # the average is given up, not what was trained
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
+        align_data(checkpoint, trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.build_optimizer is None:
             raise ValueError("this module was built without an optimizer: it can only validate")
         optimizer = self.build_optimizer(self.detector)
-        if self.build_schedule is None:
+        total_steps, scheduler = math.inf, None
+        if self.build_schedule is not None:
+            total_steps = self.trainer.estimated_stepping_batches
+            if math.isinf(total_steps):  # how long it lasts, a clock or a callback decides
+                rank_zero_warn("a run without trainer.max_epochs or trainer.max_steps has no schedule: its learning "
+                               "rate stays the same after 100 steps of warm-up")  # fmt: skip
+                scheduler = warmup_multistep(optimizer, total_steps=0, milestones=[], warmup_steps=100)
+            else:
+                total_steps = int(total_steps)
+                scheduler = self.build_schedule(optimizer, total_steps=total_steps)
+        if self._resumed is not None:
+            continue_optimizer(self._resumed, self, optimizer, scheduler, total_steps)
+            self._resumed = None
+        if scheduler is None:
             return optimizer
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.build_schedule(optimizer, total_steps=total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dyndet.errors import DivergedError
 
-_ADVICE = "start again with a lower optim.optimizer.lr or a longer warm-up (a resumed run keeps its rate)"
+_ADVICE = "start again, or go on from the last good checkpoint, with a lower optim.optimizer.lr or a longer warm-up"
 
 
 class DivergenceWatch(Callback):

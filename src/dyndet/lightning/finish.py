@@ -10,11 +10,13 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from dyndet.lightning.best import BestCheckpoint
 from dyndet.lightning.detection import DetectionModule
 
 
 def finish(trainer: Trainer, module: DetectionModule, data: LightningDataModule, folder: Path) -> None:
-    """Makes the last checkpoint and the last validation those of the final weights, whatever the intervals were.
+    """Makes the last checkpoint and the last validation those of the final weights, whatever the intervals were; if
+    that validation is the best, so is its checkpoint.
 
     Args:
         trainer: after `fit`.
@@ -29,6 +31,9 @@ def finish(trainer: Trainer, module: DetectionModule, data: LightningDataModule,
         trainer.save_checkpoint(last, weights_only=False)
     if module.validated_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, BestCheckpoint):
+                callback.renew(trainer, last)
 
 
 @contextmanager

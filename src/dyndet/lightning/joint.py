@@ -25,6 +25,8 @@ class JointModule(DetectionModule):
         self.first_ap = CocoMetric(self.categories, iou_type=self.ap.iou_type, per_class=False)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        if not batch.targets:
+            return super().validation_step(batch, batch_idx)
         found, _ = cast(DynamicDetector, self.detector).detect_by(batch.images, "first")
         self.first_ap.update(found, batch.targets, batch.images.sizes)
         return super().validation_step(batch, batch_idx)

@@ -6,11 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from dyndet.errors import UserError
+
+TRIAL = 50
+"""A run of fewer steps is a trial, whose schedule does not matter."""
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -69,19 +75,60 @@ def warmup_multistep(
     optimizer: Optimizer,
     *,
     total_steps: int,
-    milestones: Sequence[int],
+    milestones: Sequence[float],
     gamma: float = 0.1,
     warmup_steps: int = 1000,
+    warmup_share: float | None = None,
     warmup_factor: float = 0.001,
 ) -> LRScheduler:
-    """Linear warm-up from `warmup_factor`, then a drop by `gamma` at each milestone (1x: 60k and 80k of 90k)."""
+    """Linear warm-up from `warmup_factor`, then a drop by `gamma` at each milestone (1x: 60k and 80k of 90k).
+
+    Args:
+        optimizer: whose rates are those after the warm-up.
+        total_steps: of the run.
+        milestones: steps, or shares of the run: [0.667, 0.889] fits a run of any length.
+        gamma: factor at each milestone.
+        warmup_steps: length of the warm-up; 0 for none.
+        warmup_share: at most this share of the run is warm-up, where given.
+        warmup_factor: share of the rate at the start.
+
+    Raises:
+        UserError: if the run never reaches a milestone or the end of the warm-up. A run of less than `TRIAL` steps, to
+            see whether things work, gets a warning.
+    """
+    if min(milestones, default=1) <= 0:
+        raise UserError(f"optim.schedule.milestones={list(milestones)}: give steps, or shares of the run above 0")
+    drops = [_step(milestone, total_steps) for milestone in milestones]
+    warmup = warmup_steps if warmup_share is None else min(warmup_steps, int(warmup_share * total_steps))
+    _check_reached(total_steps, warmup, drops)
 
     def factor(step: int) -> float:
-        if step < warmup_steps:
-            return warmup_factor + (1 - warmup_factor) * step / warmup_steps
-        return gamma ** sum(step >= milestone for milestone in milestones)
+        if step < warmup:
+            return warmup_factor + (1 - warmup_factor) * step / warmup
+        return gamma ** sum(step >= drop for drop in drops)
 
     return LambdaLR(optimizer, factor)
+
+
+def _step(milestone: float, total_steps: int) -> float:
+    """Of a milestone that may be a share: 1 is the first step, 1.0 all of the run."""
+    return round(milestone * total_steps) if isinstance(milestone, float) and milestone <= 1 else milestone
+
+
+def _check_reached(total_steps: int, warmup: int, drops: Sequence[float]) -> None:
+    late = [int(drop) for drop in drops if drop >= total_steps]
+    problems = [f"the warm-up takes {warmup} steps"] if warmup and warmup >= total_steps else []
+    problems += [f"milestones lie at {', '.join(map(str, late))}"] if late else []
+    if not problems:
+        return
+    message = (
+        f"optim.schedule does not fit into this run of {total_steps} steps: {' and '.join(problems)}. Give shares of "
+        "the run, as in 'optim.schedule.milestones=[0.667,0.889]' optim.schedule.warmup_share=0.05, or choose "
+        "optim=one_cycle, which fits any run"
+    )
+    if total_steps >= TRIAL:
+        raise UserError(message)
+    rank_zero_warn(message)
 
 
 class WarmupCosine(LRScheduler):

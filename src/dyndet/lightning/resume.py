@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from dyndet.errors import DivergedError
 
@@ -24,10 +26,15 @@ class ExactResume(Callback):
     first saved state, plus their rank: where a run goes on with more processes, where an interrupt ended it (processes
     that may have stopped elsewhere are not waited for, so that the checkpoint holds its writer's state alone), and with
     checkpoints from before states of all processes were kept.
+
+    A checkpoint inside a window of gradient accumulation also holds the gradients of the window's first batches, of
+    several processes their mean (after an interrupt its writer's). Where an interrupt came amid a backward pass there
+    are none to keep, and the run goes back to the start of the window, see `dyndet.lightning.going_on`.
     """
 
     def __init__(self) -> None:
-        self._pending: list[dict[str, Any]] | None = None
+        self._pending: dict[str, Any] | None = None
+        self._whole = True  # gradients are those of whole batches
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"cpu": torch.get_rng_state()}
@@ -37,14 +44,21 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning dumps checkpoints on every process."""
-        if trainer.world_size == 1 or trainer.interrupted:
-            return
-        states: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(states, self.state_dict())
-        checkpoint["callbacks"][self.state_key] = {"processes": states}
+        alone = trainer.world_size == 1 or trainer.interrupted
+        if not alone:
+            states: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(states, self.state_dict())
+            checkpoint["callbacks"][self.state_key] = {"processes": states}
+        if self._whole and _inside_window(trainer):
+            gradients = {name: _gradient(p, alone) for name, p in pl_module.named_parameters() if p.requires_grad}
+            kept = {name: value for name, value in gradients.items() if value is not None}
+            checkpoint["callbacks"][self.state_key]["gradients"] = {
+                "window": trainer.accumulate_grad_batches,
+                "values": kept,
+            }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pending = state_dict.get("processes", [state_dict])
+        self._pending = state_dict
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         epochs = trainer.fit_loop.epoch_progress
@@ -53,8 +67,39 @@ class ExactResume(Callback):
             epochs.increment_ready()
             epochs.increment_started()
         if self._pending is not None:
-            _restore(self._pending, trainer.global_rank)
+            gradients = self._pending.get("gradients", {"values": {}})["values"]
+            for name, parameter in pl_module.named_parameters():
+                if name in gradients:
+                    parameter.grad = gradients[name].to(parameter.device, copy=True)
+            _restore(self._pending.get("processes", [self._pending]), trainer.global_rank)
             self._pending = None
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._whole = False
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        self._whole = False
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._whole = True
+
+
+def _inside_window(trainer: Trainer) -> bool:
+    """Whether batches were processed since the last step."""
+    window = trainer.accumulate_grad_batches
+    if window == 1:
+        return False
+    done = trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]["processed"]
+    return bool(done % window) and done < trainer.num_training_batches
+
+
+def _gradient(parameter: Tensor, alone: bool) -> Tensor | None:
+    """Of this process, or the mean of all."""
+    if alone:
+        return parameter.grad
+    mean = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
 
 
 def _restore(states: list[dict[str, Any]], rank: int) -> None:
@@ -70,27 +115,45 @@ def _restore(states: list[dict[str, Any]], rank: int) -> None:
 class LastCheckpoint(ModelCheckpoint):
     """Saves interrupted runs as well, but not when one of several processes fails: the others would never join it.
 
-    A run that `max_steps` ends is saved and validated where it stands: Lightning would close its epoch first, so that a
-    resumed run skipped the rest.
+    A run that ends inside an epoch, by `max_steps`, a limit of time or another callback, is saved and validated where
+    it stands: Lightning would close its epoch first, so that a resumed run skipped the rest. The last epoch is saved
+    whether it is validated or not.
     """
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
-        if _at_max_steps(trainer):
-            where = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-            metrics = {**trainer.callback_metrics, **{key: torch.tensor(value) for key, value in where.items()}}
-            trainer.save_checkpoint(self.format_checkpoint_name(metrics), weights_only=False)
+        if _ends_here(trainer):
+            self._save(trainer)
             trainer.should_stop = True  # validates
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and _ends_here(trainer):
+            self._save(trainer)  # knows the score, too
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not _at_max_steps(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
+        if _at_max_steps(trainer) or (
+            trainer.should_stop and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        ):
+            return
+        super().on_train_epoch_end(trainer, pl_module)
+        ends = trainer.current_epoch + 1 == trainer.max_epochs
+        if ends and not self._should_skip_saving_checkpoint(trainer):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not getattr(trainer, "fast_dev_run", False):
+            self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, DivergedError):
             return  # the last good checkpoint stays
         if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException):
             super().on_exception(trainer, pl_module, exception)
+
+
+def _ends_here(trainer: Trainer) -> bool:
+    return trainer.should_stop or _at_max_steps(trainer)
 
 
 def _at_max_steps(trainer: Trainer) -> bool:

@@ -94,7 +94,8 @@ class RouterModule(DetectionModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        self._ways.append(go_both_ways(self.detector, self.static, batch))
+        if batch.targets:
+            self._ways.append(go_both_ways(self.detector, self.static, batch))
         return super().validation_step(batch, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
@@ -127,6 +128,7 @@ class RouterModule(DetectionModule):
         if before != now:
             raise UserError(f"ckpt_path was trained with router_loss={before}, not {now}: go on with the same")
         self.offset.restore(saved["offset"])
+        super().on_load_checkpoint(checkpoint)
 
 
 @torch.no_grad()

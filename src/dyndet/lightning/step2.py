@@ -12,12 +12,14 @@ from typing import Any, cast
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_method
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from dyndet.checkpoints.read import read_checkpoint, take_weights
 from dyndet.cli.compose import build
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
+from dyndet.lightning.content_key import content_key
 from dyndet.lightning.lessons import LessonDataModule, Lessons, collect
 from dyndet.lightning.router_module import RouterModule
 from dyndet.models.detectors.dynamic import DynamicDetector
@@ -48,7 +50,9 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
     lessons = None
     if config.router.cached:
         device = _own_device(config.trainer.accelerator, config.trainer.devices)
-        folder = Path(config.router.cache) / _fingerprint(config)
+        folder = Path(config.router.cache) / _fingerprint(config, data)
+        kept = "kept from an earlier pass" if any(folder.glob("*.pt")) else "new"
+        rank_zero_info(f"lessons: of {len(data.train)} training images, in {folder} ({kept})")
         lessons = collect(detector, data, passes=config.router.passes, device=device, folder=folder)
         data = _lesson_data(config, Lessons(lessons, data.categories))
     loss = config.router_loss
@@ -117,16 +121,16 @@ def _own_device(accelerator: str, devices: int | str | Sequence[int]) -> torch.d
     return torch.device("cuda", mine[rank % len(mine)])
 
 
-def _fingerprint(config: DictConfig) -> str:
-    """Names what lessons depend on: not how they are loaded, not validation, not the router."""
+def _fingerprint(config: DictConfig, images: DetectionDataModule) -> str:
+    """Names what lessons depend on, the content of the training set included: not how it is loaded, not validation,
+    not the router.
+    """
     data: Any = OmegaConf.to_container(config.data.module, resolve=True)
     data = {key: value for key, value in data.items() if not key.startswith("val") and key not in _LOADING}
     detector: Any = OmegaConf.to_container(config.detector, resolve=True)
     detector = {key: value for key, value in detector.items() if key != "router"}
-    files = [Path(value) for value in data["train"].values() if isinstance(value, str)]
-    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((data, detector, states, config.seed, config.router.passes)).encode())
+    digest.update(repr((data, detector, content_key(images.train), config.seed, config.router.passes)).encode())
     with Path(config.init).open("rb") as file:
         for block in iter(lambda: file.read(1 << 22), b""):
             digest.update(block)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
 from dyndet.errors import UserError
-from dyndet.metrics.export import original_area, original_masks, original_xywh, to_xywh
+from dyndet.metrics.export import to_xywh, truth_masks, truth_of
 from dyndet.structures import Category, Detections, Size, Target
 
 KEYS = {
@@ -28,9 +28,14 @@ KEYS = {
 }
 """Our names of torchmetrics' results."""
 
+SMALLEST_AREA = 1e-9
+
 
 class CocoMetric(MeanAveragePrecision):
-    """COCO AP over at most 100 detections per image and class; equal to pycocotools on the exported json.
+    """COCO AP over at most 100 detections per image and class; equal to pycocotools on the annotated json.
+
+    Ground truth is taken as annotated (`Target.truth`): boxes that leave the image or have no area count as they are,
+    although training clips or drops them.
 
     Values lie in 0..1; what has no ground truth to be found is nan (COCO prints -1). Everything is kept on the CPU, and
     under DDP the processes may have seen different numbers of images.
@@ -119,11 +124,20 @@ class CocoMetric(MeanAveragePrecision):
         return values
 
     def _annotated(self, item: Target, size: Size) -> dict[str, Tensor]:
-        values = {"boxes": original_xywh(item, size), "labels": item.labels.cpu(), "iscrowd": item.crowd.cpu().int()}
+        truth = truth_of(item, size)
+        values = {
+            "boxes": torch.from_numpy(truth.boxes),
+            "labels": torch.from_numpy(truth.labels),
+            "iscrowd": torch.from_numpy(truth.crowd).int(),
+        }
+        area = truth.area
         if "segm" in self.iou_type:
-            values["masks"] = original_masks(item, size).to(torch.uint8)
-        if "segm" not in self.iou_type or item.area is not None:
-            values["area"] = original_area(item, size)
+            values["masks"] = truth_masks(item, size).to(torch.uint8)
+        elif area is None:
+            area = np.abs(truth.boxes[:, 2:].prod(1))
+        if area is not None:
+            # torchmetrics takes an area of 0 for one that is missing.
+            values["area"] = torch.from_numpy(area.astype(np.float64)).clamp(min=SMALLEST_AREA)
         return values
 
     def _sort_by_image(self) -> None:

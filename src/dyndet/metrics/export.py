@@ -15,7 +15,7 @@ from torch import Tensor
 from dyndet.data.dataset import DetectionDataset
 from dyndet.data.masks import decode_mask, encode_mask
 from dyndet.errors import DataError, UserError
-from dyndet.structures import Category, Detections, Size, Target
+from dyndet.structures import Category, Detections, Size, Target, Truth
 
 BOX_DECIMALS = 3
 """Annotations rarely have more decimals, and float32 keeps this many: rounding restores the annotated numbers."""
@@ -64,11 +64,41 @@ def original_masks(target: Target, size: Size) -> Tensor:
     return F.interpolate(masks[None].float(), size=target.original_size, mode="nearest-exact")[0] > 0.5
 
 
-def original_area(target: Target, size: Size) -> Tensor:
-    """(N,) float64 areas in square pixels on disk: as annotated where the target knows, else of the box."""
-    if target.area is not None:
-        return target.area.detach().to("cpu", torch.float64)
-    return original_xywh(target, size)[:, 2:].prod(1)
+def truth_of(target: Target, size: Size) -> Truth:
+    """What evaluation compares with: the objects as annotated where the target knows, else its boxes on disk.
+
+    Args:
+        target: boxes in pixels of an image of `size`.
+        size: H, W of that image without padding.
+    """
+    if target.truth is not None:
+        return target.truth
+    return Truth(
+        original_xywh(target, size).numpy(),
+        target.labels.cpu().numpy(),
+        target.crowd.cpu().numpy(),
+        None if target.area is None else target.area.detach().to("cpu", torch.float64).numpy(),
+        target.segmentations,
+    )
+
+
+def truth_masks(target: Target, size: Size) -> Tensor:
+    """(N, H, W) bool masks of `truth_of`, at the size of the image on disk.
+
+    Raises:
+        DataError: if a segmentation is malformed.
+        UserError: if the target has no masks.
+    """
+    truth = target.truth
+    if truth is None or not truth.segmentations:
+        return original_masks(target, size)
+    masks = np.zeros((len(truth.segmentations), *target.original_size), np.bool_)
+    for index, segmentation in enumerate(truth.segmentations):
+        try:
+            masks[index] = decode_mask(segmentation, target.original_size)
+        except DataError as error:
+            raise DataError(f"object {index + 1} of image {target.image_id} {target.path}: {error}") from error
+    return torch.from_numpy(masks)
 
 
 def to_coco_json(
@@ -137,20 +167,21 @@ def write_ground_truth(dataset: DetectionDataset, path: str | Path | None = None
 
 
 def _annotations(target: Target, size: Size, categories: Sequence[Category]) -> list[dict[str, Any]]:
-    boxes, areas = original_xywh(target, size).tolist(), original_area(target, size).tolist()
+    truth = truth_of(target, size)
+    areas = np.abs(truth.boxes[:, 2:].prod(1)) if truth.area is None else truth.area
     masks: list[dict[str, Any]] | None = None
     if target.masks is not None:
-        pixels = original_masks(target, size)
+        pixels = truth_masks(target, size)
         masks = [encode_mask(mask) for mask in pixels]
-        if target.area is None:
-            areas = pixels.sum((1, 2)).tolist()
+        if truth.area is None:
+            areas = pixels.sum((1, 2)).numpy()
     annotations: list[dict[str, Any]] = []
-    for index, (label, crowd) in enumerate(zip(target.labels.tolist(), target.crowd.tolist(), strict=True)):
+    for index, (label, crowd) in enumerate(zip(truth.labels.tolist(), truth.crowd.tolist(), strict=True)):
         entry = {
             "image_id": target.image_id,
             "category_id": categories[label].id,
-            "bbox": boxes[index],
-            "area": areas[index],
+            "bbox": truth.boxes[index].tolist(),
+            "area": areas[index].item(),
             "iscrowd": int(crowd),
         }
         annotations.append(entry if masks is None else entry | {"segmentation": masks[index]})

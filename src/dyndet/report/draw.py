@@ -7,11 +7,30 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
+from torchvision.ops import nms
 
-from dyndet.report.style import MIN_SIDE, Color, class_color, enlarged, enlargement, font, text_color, to_picture
+from dyndet.report.style import (
+    MIN_SIDE,
+    Color,
+    class_color,
+    enlarged,
+    enlargement,
+    fitted,
+    text_color,
+    to_picture,
+)
 from dyndet.structures import Detections, Size, Target
 
 Box = tuple[float, float, float, float]
+
+SAME_OBJECT = 0.5
+"""Boxes of any class that overlap a better one by more (IoU) are taken for the same object, in pictures only."""
+
+
+def visible(found: Detections, score_threshold: float) -> Detections:
+    """What pictures show of detections: one box per object, the best, of at least this score."""
+    found = found.to("cpu")[found.scores.cpu() >= score_threshold]
+    return found[nms(found.boxes.float(), found.scores.float(), SAME_OBJECT)]
 
 
 def draw_detections(
@@ -22,9 +41,11 @@ def draw_detections(
     score_threshold: float = 0.3,
     boxes_size: Size | None = None,
     min_side: int = MIN_SIDE,
-    line: int = 2,
+    line: int | None = None,
 ) -> Image.Image:
-    """Detections with their scores, or ground truth with crowds dashed, each class in its colour; masks as a tint.
+    """Detections with their scores, one box per object, or all of ground truth with crowds dashed; masks as a tint.
+
+    Every class has its colour. Which detections are shown says `visible`; files hold them all.
 
     Args:
         image: (3, H, W), uint8 or float in 0..1; enlarged by a whole factor when smaller than `min_side`.
@@ -33,26 +54,28 @@ def draw_detections(
         score_threshold: detections below it are left out.
         boxes_size: H, W of the image that the boxes (and masks) belong to; None when it is `image`.
         min_side: see `image`.
-        line: thickness of a box in pixels of the picture.
+        line: thickness of a box in pixels of the picture; None goes by its size.
     """
+    if isinstance(found, Detections):
+        found = visible(found, score_threshold)
     picture = to_picture(image)
     factor = enlargement(picture, min_side)
     picture = enlarged(picture, factor)
+    line = line or max(2, round(max(picture.size) / 500))
     height, width = boxes_size or (image.shape[-2], image.shape[-1])
     scale = torch.tensor([picture.width / width, picture.height / height] * 2)
     boxes = (found.boxes.detach().cpu().float() * scale).tolist()
     labels: list[int] = found.labels.tolist()
     scores = found.scores.tolist() if isinstance(found, Detections) else [None] * len(labels)
     crowds = found.crowd.tolist() if isinstance(found, Target) else [False] * len(labels)
-    shown = [index for index, score in enumerate(scores) if score is None or score >= score_threshold]
     if found.masks is not None:
-        for index in reversed(shown):  # the best on top
+        for index in reversed(range(len(labels))):  # the best on top
             _tint(picture, found.masks[index], class_color(labels[index]))
     pen = ImageDraw.Draw(picture)
-    for index in reversed(shown):
+    for index in reversed(range(len(labels))):
         _rectangle(pen, boxes[index], class_color(labels[index]), line, dashed=crowds[index])
     tags: list[Box] = []
-    for index in shown:
+    for index in range(len(labels)):
         name = names[labels[index]] if labels[index] < len(names) else str(labels[index])
         detail = "" if scores[index] is None else f" {scores[index]:.2f}"
         _tag(pen, boxes[index], name + detail + (" (crowd)" if crowds[index] else ""), class_color(labels[index]), tags)
@@ -102,6 +125,7 @@ def _rectangle(pen: ImageDraw.ImageDraw, box: Box, color: Color, line: int, *, d
     left, top = round(box[0]), round(box[1])
     right, bottom = max(left, round(box[2]) - 1), max(top, round(box[3]) - 1)
     if not dashed:
+        pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=text_color(color))  # seen on any ground
         pen.rectangle((left, top, right, bottom), outline=color, width=line)
         return
     dash = 6
@@ -116,18 +140,24 @@ def _rectangle(pen: ImageDraw.ImageDraw, box: Box, color: Color, line: int, *, d
 
 
 def _tag(pen: ImageDraw.ImageDraw, box: Box, text: str, color: Color, taken: list[Box]) -> None:
-    """Writes the label above the box, else inside, else below, wherever no earlier label is; a last resort overlaps."""
-    letters = font(12)
-    width, height = round(letters.getlength(text)) + 6, 16
+    """Writes the label at the box, best above it, wherever no earlier label is; a last resort overlaps."""
     picture_width, picture_height = pen.im.size
-    left = max(0, min(round(box[0]), picture_width - width))
-    tops = [round(box[1]) - height, round(box[1]), round(box[3]), round(box[3]) - height]
-    places = [(left, top, left + width, top + height) for top in tops if 0 <= top <= picture_height - height]
+    size = max(12, round(max(pen.im.size) / 56))
+    letters = fitted(text, picture_width - 6, size)
+    width, height = round(letters.getlength(text)) + size // 2, size + 4
+    left, top, right, bottom = map(round, box)
+    inside = [max(0, min(x, picture_width - width)) for x in (left, right - width)]
+    rows = [top - height, top, bottom, bottom - height, *range(top + height, bottom - 2 * height, height)]
+    corners = [(x, y) for x in inside for y in rows]
+    corners += [(x, top + step * height) for step in range(-3, 4) for x in (right + 1, left - width - 1, *inside)]
+    limits = (picture_width - width, picture_height - height)
+    places = [(x, y, x + width, y + height) for x, y in corners if 0 <= x <= limits[0] and 0 <= y <= limits[1]]
     free = [place for place in places if not any(_overlap(place, other) for other in taken)]
-    place = (free or places or [(left, 0, left + width, height)])[0]
+    place = (free or places or [(inside[0], 0, inside[0] + width, height)])[0]
     taken.append(place)
     pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
-    pen.text((place[0] + 3, place[1] + height / 2), text, fill=text_color(color), font=letters, anchor="lm")
+    middle = (place[0] + size // 4, place[1] + height / 2)
+    pen.text(middle, text, fill=text_color(color), font=letters, anchor="lm")
 
 
 def _overlap(one: Box, other: Box) -> bool:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dyndet.metrics.compute import pyramid_names
-from dyndet.report.draw import draw_detections
+from dyndet.report.draw import draw_detections, visible
 from dyndet.report.style import (
     MIN_SIDE,
     captioned,
@@ -171,7 +171,7 @@ def preview(
     Args:
         image: (3, H, W) of the batch, maybe padded.
         target: in pixels of `image`.
-        detections: in pixels of the image on disk, see `original_size`.
+        detections: in pixels of the image on disk, see `original_size`; their `macs`, if known, are written above.
         routing: of the batch.
         index: which image of the batch.
         names: of the classes.
@@ -181,9 +181,8 @@ def preview(
         score_threshold: detections below it are left out.
         min_side: smaller images are enlarged by a whole factor.
     """
-    way = ""
+    caption = "" if detections is None else f"detections {summary(detections, routing, index, score_threshold)}"
     if isinstance(routing, Routes):
-        way = f", {_way(routing, index)}"
         routing, index = routing.of(index)
     height, width = size or (image.shape[-2], image.shape[-1])
     image = image[:, :height, :width]
@@ -202,11 +201,28 @@ def preview(
             boxes_size=original_size or (height, width),
             min_side=min_side,
         )
-        count = int((detections.scores >= score_threshold).sum())
-        panels.append(captioned(boxes, f"detections ({count}){way}"))
+        panels.append(captioned(boxes, caption))
     if routing is not None:
         panels += gate_panels(image, routing, index, strides=strides, min_side=min_side)
     return side_by_side(panels or [captioned(to_picture(image), "image")])
+
+
+def summary(found: Detections, routing: Routing | Routes | None, index: int = 0, score_threshold: float = 0.3) -> str:
+    """How many detections a picture shows ("5 of 8" where it leaves some of the same objects out), and their price.
+
+    Args:
+        found: with their `macs`, if known.
+        routing: of the batch.
+        index: which image of the batch.
+        score_threshold: of the picture.
+    """
+    shown, there = len(visible(found, score_threshold)), int((found.scores >= score_threshold).sum())
+    parts = [f"({shown})" if shown == there else f"({shown} of {there}, one per object)"]
+    if isinstance(routing, Routes):
+        parts.append(_way(routing, index))
+    if found.macs is not None:
+        parts.append(f"{found.macs / 1e9:.3g} GMAC")
+    return ", ".join(parts)
 
 
 def _way(routes: Routes, index: int) -> str:

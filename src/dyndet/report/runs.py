@@ -100,6 +100,12 @@ def differences(groups: Sequence[Group]) -> list[str]:
     return [key for key in keys if len({group.settings.get(key) for group in groups}) > 1]
 
 
+def logs_of(home: Path, homes: set[Path]) -> list[Path]:
+    """The `metrics.csv` of a run, newest first, without those of other runs that lie in its folder."""
+    mine = [path for path in home.rglob("metrics.csv") if _owner(path, homes) == home]
+    return sorted(mine, key=lambda path: (path.stat().st_mtime, _natural(path, home)), reverse=True)
+
+
 def _read_run(home: Path, root: Path, homes: set[Path]) -> Run:
     try:
         overrides = home / ".hydra" / "overrides.yaml"
@@ -122,8 +128,7 @@ def _metrics(home: Path, homes: set[Path]) -> dict[str, float]:
     if (home / "result.json").is_file():
         result = json.loads((home / "result.json").read_text(encoding="utf-8"))
         return {key: float(value) for key, value in result.items() if _is_number(value)}
-    mine = [path for path in home.rglob("metrics.csv") if _owner(path, homes) == home]
-    for path in sorted(mine, key=lambda path: (path.stat().st_mtime, _natural(path, home)), reverse=True):
+    for path in logs_of(home, homes):
         metrics = _last_validation(path)
         if metrics:
             return metrics

@@ -32,9 +32,24 @@ def class_color(label: int) -> Color:
 
 
 def text_color(background: Color) -> Color:
-    """Black or white, whichever reads better on it."""
-    red, green, blue = background
-    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else PAPER
+    """Black or white, whichever reads better on it: one of them has a contrast of at least 4.58 (WCAG 2.2)."""
+    return max(((0, 0, 0), PAPER), key=lambda color: contrast(color, background))
+
+
+def contrast(one: Color, other: Color) -> float:
+    """1 (none) to 21 (black on white), WCAG 2.2; text wants 4.5."""
+    low, high = sorted(_luminance(color) for color in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(color: Color) -> float:
+    parts = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in color]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def letter_size(picture: Image.Image) -> int:
+    """Of letters that can be read when the picture fills a screen or a page."""
+    return max(12, round(max(picture.size) / 56))
 
 
 @cache
@@ -53,8 +68,8 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def enlargement(picture: Image.Image, min_side: int = MIN_SIDE) -> int:
-    """The whole factor that brings the longer side to about `min_side` pixels."""
-    return max(1, round(min_side / max(picture.size)))
+    """The whole factor that brings the longer side to `min_side` pixels or more."""
+    return -(-min_side // max(picture.size))
 
 
 def enlarged(picture: Image.Image, factor: int) -> Image.Image:
@@ -76,11 +91,13 @@ def fitted(text: str, width: int, size: int, *, bold: bool = False) -> ImageFont
     return font(size, bold=bold)
 
 
-def captioned(picture: Image.Image, caption: str, *, height: int = 22) -> Image.Image:
-    """The picture under a line of text of that height."""
+def captioned(picture: Image.Image, caption: str) -> Image.Image:
+    """The picture under a line of text, 22 pixels high or, on large pictures, more."""
+    size = letter_size(picture) + 2
+    height = round(1.6 * size)
     panel = Image.new("RGB", (picture.width, picture.height + height), PAPER)
     panel.paste(picture, (0, height))
-    text = fitted(caption, picture.width - 4, 14)
+    text = fitted(caption, picture.width - 4, size)
     ImageDraw.Draw(panel).text((2, height / 2), caption, fill=INK, font=text, anchor="lm")
     return panel
 

@@ -19,6 +19,7 @@ from dyndet.report.runs import Group, Run, differences, group_runs
 
 GIGA = 1e9
 LONGEST_NAME = 44
+MORE = ("val/AP50", "val/segm/AP", "macs/head_used_mean", "macs/total_mean")
 INK, GREY, BLUE, ORANGE = "#222228", "#9a9aa4", "#2b6cb0", "#d9622b"
 
 
@@ -52,9 +53,16 @@ def report_table(
     *,
     x: str = "macs/head_ratio",
     y: str = "val/AP",
-    more: Sequence[str] = ("val/AP50", "val/segm/AP", "macs/head_used_mean", "macs/total_mean"),
+    more: Sequence[str] = MORE,
     ignore: Sequence[str] = ("seed",),
 ) -> str:
+    """The rows of `report_rows` as a markdown table."""
+    return markdown_table(report_rows(runs, x=x, y=y, more=more, ignore=ignore))
+
+
+def report_rows(
+    runs: Sequence[Run], *, x: str, y: str, more: Sequence[str] = MORE, ignore: Sequence[str] = ("seed",)
+) -> list[dict[str, str]]:
     """One numbered row per setting, best first: mean ± standard deviation over its seeds; then runs with a problem.
 
     Args:
@@ -64,7 +72,7 @@ def report_table(
         more: other numbers, shown where any run has them.
         ignore: settings that do not set runs apart.
     """
-    groups = _ranked(runs, y, ignore)
+    groups = ranked_groups(runs, y, ignore)
     settings = differences(groups)
     numbers = [key for key in dict.fromkeys((y, x, *more)) if any(key in run.metrics for run in runs)]
     several, problems = any(len(group.runs) > 1 for group in groups), any(group.problem for group in groups)
@@ -75,14 +83,14 @@ def report_table(
         row |= {"runs": str(len(group.runs))} if several else {}
         row |= {metric_label(key): _spread(group, key) for key in numbers}
         rows.append(row | ({"status": _status(group)} if problems else {}))
-    return markdown_table(rows)
+    return rows
 
 
 def metric_label(key: str) -> str:
     """What a logged number is called for a reader, with its unit."""
     if key == "macs/head_ratio":
         return "executed share of head MACs"
-    if _in_gmac(key):
+    if in_gmac(key):
         part, _, kind = key.removeprefix("macs/").replace("_used", "").rpartition("_")
         return f"{part.replace('_', ' ')} GMAC" + ("" if kind == "mean" else f" ({kind})")
     return key.removeprefix("val/").replace("segm/", "mask ")
@@ -126,13 +134,13 @@ def pareto_plot(
         known = sorted({name for run in runs for name in run.metrics})
         if known and key not in known:
             raise UserError(f"no run has {key}; there are: {', '.join(known)}")
-    groups = _ranked(runs, y, ignore)
+    groups = ranked_groups(runs, y, ignore)
     shown = [group for group in groups if math.isfinite(group.mean(x)) and math.isfinite(group.mean(y))]
     figure = Figure(figsize=(7.5, 5), layout="constrained", dpi=150)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _dress(axes, x, y, without=sum(len(group.runs) for group in groups) - sum(len(group.runs) for group in shown))
-    scale = 1 / GIGA if _in_gmac(x) else 1.0
+    scale = 1 / GIGA if in_gmac(x) else 1.0
     points = [(group.mean(x) * scale, group.mean(y)) for group in shown]
     for group, point in zip(shown, points, strict=True):
         errors: dict[str, Any] = {
@@ -152,14 +160,14 @@ def pareto_plot(
         axes.legend(loc="lower right", frameon=False)
     axes.margins(x=0.12, y=0.14)
     canvas.draw()
-    _label(axes, points, _names(groups, shown))
+    _label(axes, points, point_names(groups, shown))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
-def _ranked(runs: Sequence[Run], y: str, ignore: Sequence[str]) -> list[Group]:
+def ranked_groups(runs: Sequence[Run], y: str, ignore: Sequence[str]) -> list[Group]:
     """Groups, best first, those with a problem last."""
     groups = group_runs(runs, ignore=ignore)
     return sorted(groups, key=lambda group: (bool(group.problem), _descending(group.mean(y))))
@@ -171,7 +179,7 @@ def _status(group: Group) -> str:
 
 def _dress(axes: Axes, x: str, y: str, *, without: int) -> None:
     note = f"\n({without} run{'s' * (without > 1)} without these numbers)" if without else ""
-    axes.set_xlabel(metric_label(x) + (" per image" if _in_gmac(x) else "") + note, color=INK)
+    axes.set_xlabel(metric_label(x) + (" per image" if in_gmac(x) else "") + note, color=INK)
     axes.set_ylabel(metric_label(y), color=INK)
     if x.endswith("ratio"):
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -181,7 +189,7 @@ def _dress(axes: Axes, x: str, y: str, *, without: int) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _names(groups: Sequence[Group], shown: Sequence[Group]) -> list[str]:
+def point_names(groups: Sequence[Group], shown: Sequence[Group]) -> list[str]:
     """What sets each point apart, keys by their last part where that is unambiguous."""
     keys = differences(shown)
     lasts = [key.rpartition(".")[2] for key in keys]
@@ -242,12 +250,12 @@ def _spread(group: Group, key: str) -> str:
     mean, std = group.mean(key), group.std(key)
     if math.isnan(mean):
         return ""
-    scale, digits, unit = (1 / GIGA, 3, "") if _in_gmac(key) else (100, 1, "%") if key.endswith("ratio") else (1, 3, "")
+    scale, digits, unit = (1 / GIGA, 3, "") if in_gmac(key) else (100, 1, "%") if key.endswith("ratio") else (1, 3, "")
     text = f"{mean * scale:.{digits}f}"
     return text + ("" if math.isnan(std) else f" ± {std * scale:.{digits}f}") + unit
 
 
-def _in_gmac(key: str) -> bool:
+def in_gmac(key: str) -> bool:
     return key.startswith("macs/") and key.endswith(("_mean", "_min", "_max"))
 
 

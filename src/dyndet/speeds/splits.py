@@ -105,7 +105,7 @@ def go_both_ways(detector: DynamicDetector, static: StaticCosts, batch: Batch) -
 
     seen, losses = detector.image_losses(batch.images, batch.targets)
     difficulty = detector.difficulty(detector.pooled(seen)).cpu()
-    targets = [replace(target, masks=None, segmentations=None).to("cpu") for target in batch.targets]
+    targets = [target.without_masks().to("cpu") for target in batch.targets]
     differences = (losses[0] - losses[1]).cpu()
     return BothWays(difficulty, along("first"), along("second"), targets, batch.images.sizes, differences)
 

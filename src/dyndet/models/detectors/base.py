@@ -169,7 +169,11 @@ class Detector(nn.Module, ABC):
 
         Args:
             images: see `Images`.
-            targets: per image, boxes in pixels of `images`; a `Target`, or a dict with `boxes` and `labels`.
+            targets: per image, boxes in pixels of `images`; a `Target`, or torchvision's dict: `boxes` (N, 4) xyxy,
+                `labels` (N,) 0..K-1, where there are some `iscrowd` (N,) and `masks` (N, H, W).
+
+        Raises:
+            UserError: on images or targets that are not so, see `dyndet.inputs`.
         """
 
     @abstractmethod
@@ -190,5 +194,9 @@ class Detector(nn.Module, ABC):
 
     @torch.no_grad()
     def detect(self, images: Images) -> list[Detections]:
-        """Detections per image, in pixels of the original images; call it in eval mode."""
+        """Detections per image, in pixels of the original images; call it in eval mode.
+
+        Raises:
+            UserError: on images that are not `Images`, see `dyndet.inputs`.
+        """
         return self.detect_with_routing(images)[0]

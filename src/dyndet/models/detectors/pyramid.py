@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dyndet.errors import UserError
+from dyndet.inputs import check_images, check_pixels, checked_targets
 from dyndet.models.budget import Budget
 from dyndet.models.detectors.base import Detector, FeatureMaps, Head, Images, RawMaps
 from dyndet.models.preprocess import Preprocess
@@ -130,7 +131,7 @@ class PyramidDetector(Detector):
             targets: see `Detector.losses`.
             maps: of the backbone, where they are there already; `images` then are the `batch` that they are of.
         """
-        outputs = self._forward(images, maps, targets)
+        outputs = self._forward(images, maps, targets, check=True)
         routing = outputs.head.routing
         terms = self._terms(outputs) | {f"head/{name}": value for name, value in outputs.head.losses.items()}
         if self.budget is not None and routing is not None:
@@ -185,8 +186,13 @@ class PyramidDetector(Detector):
         """Any images as one batch on the detector's device, placed as it wants them.
 
         Raises:
+            UserError: if they are no images, see `dyndet.inputs.check_images`.
             ValueError: if the backbone or the neck cannot take their size.
         """
+        if isinstance(images, ImageBatch):
+            check_pixels(images)
+        else:
+            check_images(images)
         device = next(self.parameters()).device
         batch = self.preprocess.place(ImageBatch.of(images, self.preprocess.pad_multiple).to(device))
         height, width = batch.pixels.shape[-2:]
@@ -202,9 +208,13 @@ class PyramidDetector(Detector):
         images: Images,
         maps: Sequence[Tensor] | None,
         targets: Sequence[Target | dict[str, Tensor]] | None = None,
+        *,
+        check: bool = False,
     ) -> Outputs:
         """The one pass from images, or from the backbone's maps of a batch, to the predictor's maps."""
         batch = self.batch(images) if maps is None else ImageBatch.of(images)
+        if check and targets is not None:
+            targets = checked_targets(targets, batch)
         features, valid = self._features(self._maps(batch) if maps is None else maps, batch)
         wanted = None if targets is None else self._wanted(batch, targets)
         head = self.run_head(features, valid, wanted)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dyndet.errors import UserError
 from dyndet.models.detectors.base import RawMaps
 from dyndet.structures import Size, Target
 
@@ -43,13 +44,14 @@ def check_labels(targets: Sequence[Target], num_classes: int) -> None:
     """Counting labels from 1 is a common mistake; the last class would quietly be background.
 
     Raises:
-        ValueError: if a label is not in 0..K-1.
+        UserError: if a label is not in 0..K-1.
     """
     seen = torch.cat([target.labels for target in targets])
     if len(seen) and not 0 <= int(seen.min()) <= int(seen.max()) < num_classes:
-        raise ValueError(
+        first = next(i for i, x in enumerate(targets) if bool(((x.labels < 0) | (x.labels >= num_classes)).any()))
+        raise UserError(
             f"labels must lie in 0..{num_classes - 1} (num_classes={num_classes}), but reach from "
-            f"{int(seen.min())} to {int(seen.max())}"
+            f"{int(seen.min())} to {int(seen.max())} (first in targets[{first}]): count classes from 0"
         )
 
 

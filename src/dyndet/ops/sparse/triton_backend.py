@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-import dyndet.kernels as kernels  # pyright: ignore[reportMissingImports]  # lies outside src
+import dyndet.kernels as kernels
 from dyndet.layout import RowLayout
 from dyndet.ops.sparse.conv import Layer
 from dyndet.ops.sparse.group_norm import RowNorm
@@ -77,9 +77,9 @@ def group_norm(x: Tensor, how: RowNorm) -> tuple[Tensor, Tensor, Tensor]:
 
 def group_norm_backward(grad: Tensor, _: object, outputs: Sequence[Tensor], x: Tensor, how: RowNorm) -> Gradients:
     """See `torch_backend.group_norm_backward`."""
-    y, *statistics = outputs
+    y, mean, rstd = outputs
     of_x, of_scale, of_shift = kernels.group_norm_backward(
-        grad, x, y if how.relu else None, how.norm.scale, *statistics, how.plan.offsets, stats=how.norm.stats
+        grad, x, y if how.relu else None, how.norm.scale, mean, rstd, how.plan.offsets, stats=how.norm.stats
     )
     return of_x, of_scale.clone(), of_shift  # two halves of one buffer
 
@@ -99,9 +99,9 @@ def scatter_add_backward(
 ) -> Gradients:
     """See `torch_backend.scatter_add_backward`."""
     (scale, shift, _, _, stats), plan, relu = how
-    y, _, *statistics = outputs
-    where, options = (plan.positions, plan.offsets), {"stats": stats, "residual": residual is not None}
+    y, _, mean, rstd = outputs
+    where = (plan.positions, plan.offsets)
     of_residual, of_x, of_scale, of_shift, of_gate = kernels.scatter_add_backward(
-        grad, y if relu else None, x, scale, shift, *statistics, gate, *where, **options
+        grad, y if relu else None, x, scale, shift, mean, rstd, gate, *where, stats=stats, residual=residual is not None
     )
     return of_x, of_scale.clone(), of_shift, of_gate, grad.clone() if of_residual is grad else of_residual

@@ -1,0 +1,84 @@
+"""Checks of the folders around a data set: files that nobody uses, label files without an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dyndet.checkup.finding import Finding, Place, first_few, many
+from dyndet.checkup.split import Split
+from dyndet.data.images import SUFFIXES
+
+_TWINS = {"images": ("labels",), "JPEGImages": ("Annotations",)}
+_LABELS = (".txt", ".xml")
+_NO_LABELS = frozenset({"classes", "obj", "readme", "license", "notes", "train", "val", "valid", "test"})
+
+
+def check_folders(splits: Sequence[Split]) -> list[Finding]:
+    """Looks into the folders that images were read from, and into those where their labels would lie."""
+    files = [path for split in splits for path in split.files]
+    used = {path.absolute() for path in files}
+    folders = {path.parent for path in used}
+    findings = []
+    unused = [path for folder in sorted(folders) for path in _images(folder) if path not in used]
+    if unused:
+        findings.append(
+            Finding(
+                "images in no split",
+                "note",
+                f"{many(len(unused), 'image')} beside those of the splits that no split lists",
+                len(unused),
+                "fine if they are set apart; otherwise their labels are missing",
+                first_few([Place("", None, str(path)) for path in unused]),
+            )
+        )
+    lonely = [path for folder in sorted(folders) for path in _lonely(folder)]
+    if lonely:
+        findings.append(
+            Finding(
+                "labels without an image",
+                "warning",
+                f"{many(len(lonely), 'label file')} without an image",
+                len(lonely),
+                "the image was renamed, moved or never copied",
+                first_few([Place("", None, str(path)) for path in lonely]),
+            )
+        )
+    return findings
+
+
+def missing_files(splits: Sequence[Split]) -> list[Finding]:
+    """Images that are listed but are not there."""
+    gone = [
+        split.at_image(index)
+        for split in splits
+        for index, path in enumerate(split.paths)
+        if path and not Path(path).is_file()
+    ]
+    if not gone:
+        return []
+    text = f"{many(len(gone), 'image')} named by labels, but not there"
+    return [Finding("missing images", "error", text, len(gone), "check the image folder", first_few(gone))]
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+
+
+def _lonely(folder: Path) -> Iterator[Path]:
+    """Label files for a folder of images whose image is not there."""
+    stems = {path.stem for path in _images(folder)}
+    for place in [folder, *_label_folders(folder)]:
+        labels = (path for path in sorted(place.iterdir()) if path.suffix in _LABELS and path.name[0] != ".")
+        yield from (path for path in labels if path.stem not in stems and path.stem.lower() not in _NO_LABELS)
+
+
+def _label_folders(folder: Path) -> Iterator[Path]:
+    """Where the labels of images/train, say, lie: labels/train."""
+    parts = list(folder.parts)
+    for place in range(len(parts) - 1, -1, -1):
+        for twin in _TWINS.get(parts[place], ()):
+            found = Path(*parts[:place], twin, *parts[place + 1 :])
+            if found.is_dir():
+                yield found
+                return

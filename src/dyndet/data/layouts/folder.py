@@ -1,0 +1,204 @@
+"""`data=auto data.root=FOLDER`: a folder as training and validation set, whatever its layout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from dyndet.data.layouts.coco_layout import recognise_coco
+from dyndet.data.layouts.found import ALL, Found, Wanted, listed
+from dyndet.data.layouts.holdout import held_out
+from dyndet.data.layouts.tree import Tree
+from dyndet.data.layouts.voc_layout import recognise_voc
+from dyndet.data.layouts.yolo_layout import recognise_yolo
+from dyndet.data.records import FileDataset
+from dyndet.errors import DataError, MissingDataError, UserError
+
+_RECOGNISERS = {"coco": recognise_coco, "yolo": recognise_yolo, "voc": recognise_voc}
+_SYNONYMS = {"valid": "val", "validation": "val", "training": "train"}
+
+
+class DataFolder:
+    """A data set in a folder: recognises its format, layout, classes and splits when they are asked for.
+
+    Names are looked at, image files are not; of the annotations only what a split needs is read, and once. Where there
+    is no validation split, a fixed share of the training images validates, see `holdout`.
+
+    Args:
+        root: the folder; a yaml (YOLO) or json (COCO) file stands for its own folder. `~` is the home folder.
+        format: "coco", "yolo" or "voc"; "auto" finds out.
+        config: the yaml of a YOLO set, where it is not found or lies elsewhere.
+        train_annotations: the COCO json of the training set, where it is not found.
+        train_images: the folder of its images.
+        val_annotations: the same for validation.
+        val_images: the same for validation.
+        train_split: which split trains.
+        val_split: which split validates; "all" is every image of a folder with one split or none.
+        val_share: of the training images, where there is no validation split.
+        classes: names to keep, in label order (COCO and VOC); None keeps all.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        *,
+        format: Literal["auto", "coco", "yolo", "voc"] = "auto",
+        config: str | Path | None = None,
+        train_annotations: str | Path | None = None,
+        train_images: str | Path | None = None,
+        val_annotations: str | Path | None = None,
+        val_images: str | Path | None = None,
+        train_split: str = "train",
+        val_split: str = "val",
+        val_share: float = 0.2,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.format = format
+        self.train_split = _SYNONYMS.get(train_split, train_split)
+        self.val_split = _SYNONYMS.get(val_split, val_split)
+        self.val_share = val_share
+        folder, yaml, train = _path(root), _path(config), _path(train_annotations)
+        if folder is not None and folder.is_file():
+            if folder.suffix.lower() in (".yaml", ".yml", ".data") and yaml is None:
+                folder, yaml = None, folder
+            elif folder.suffix.lower() == ".json" and train is None:
+                folder, train = folder.parent, folder
+        self.root = folder
+        annotations = {"train": train, "val": _path(val_annotations)}
+        images = {"train": _path(train_images), "val": _path(val_images)}
+        self._wanted = Wanted(
+            config=yaml,
+            annotations={split: self._below(file) for split, file in annotations.items() if file is not None},
+            images={split: self._below(file) for split, file in images.items() if file is not None},
+            classes=None if classes is None else list(classes),
+            rooted=folder is not None,
+        )
+        self._pool: FileDataset | None = None
+        self._held: list[int] = []
+
+    @cached_property
+    def found(self) -> Found:
+        """What the folder is.
+
+        Raises:
+            DataError: if it is nothing that is known, or does not exist.
+            UserError: if it is two things at once.
+        """
+        wanted = self._wanted
+        tree = self._tree()
+        formats = [self.format] if self.format != "auto" else self._formats()
+        found = [item for name in formats if (item := _RECOGNISERS[name](tree, wanted)) is not None]
+        if len(found) > 1:
+            kinds = " and ".join(item.layout for item in found)
+            keys = " or ".join(f"data.format={item.format}" for item in found)
+            raise UserError(f"{self.root} holds {kinds}: choose one by {keys} (or data={found[0].format})")
+        if not found:
+            raise MissingDataError(self._nothing(tree))
+        return found[0]
+
+    def read(self, part: Literal["train", "val"], *, load_masks: bool = False, skip_empty: bool = False) -> FileDataset:
+        """The training or the validation set.
+
+        Args:
+            part: which.
+            load_masks: whether targets carry (N, H, W) masks.
+            skip_empty: leaves out images without a box that trains.
+
+        Raises:
+            DataError: if the annotations cannot be used.
+            UserError: if there is no such split.
+        """
+        name = self.train_split if part == "train" else self.val_split
+        if self.share is not None:
+            return self._side(validates=part == "val", load_masks=load_masks, skip_empty=skip_empty)
+        if part == "train" and name not in self.found.splits and self.pooled is not None:
+            name = self.pooled
+        if name == ALL and len(self.found.splits) == 1:
+            (name,) = self.found.splits
+        if name not in self.found.splits:
+            has = listed(list(self.found.splits)) or "none"
+            raise UserError(
+                f"{self.root or self._wanted.config} has no split {name!r}: it has {has}; set data.{part}_split to one "
+                "of them"
+            )
+        return self.found.splits[name](load_masks=load_masks, skip_empty=skip_empty)
+
+    @property
+    def pooled(self) -> str | None:
+        """The split that training images come from, if it is there: `train_split`, or all of a folder without any."""
+        splits = self.found.splits
+        return self.train_split if self.train_split in splits else ALL if list(splits) == [ALL] else None
+
+    @property
+    def share(self) -> float | None:
+        """The share of the training images that validates; None where there is a validation split."""
+        own = self.val_split == "val" and "val" not in self.found.splits and self.pooled is not None
+        return self.val_share if own else None
+
+    def _side(self, *, validates: bool, load_masks: bool, skip_empty: bool) -> FileDataset:
+        """One side of the split that is made here; both come from one reading."""
+        if self._pool is None or (load_masks and not self._pool.load_masks):
+            self._pool = self.found.splits[self.pooled or ALL](load_masks=load_masks, skip_empty=False)
+            records = self._pool.records
+            classes = [record.labels[~record.crowd].tolist() for record in records]
+            self._held = held_out([record.path.name for record in records], classes, self.val_share)
+        held = set(self._held)
+        chosen = [record for i, record in enumerate(self._pool.records) if (i in held) == validates]
+        part = copy.copy(self._pool)
+        part.records = [record for record in chosen if not (skip_empty and record.is_empty)]
+        part.sizes = [record.size for record in part.records]
+        part.load_masks = load_masks
+        if not part.records:
+            raise DataError(f"{self.root} has no images with boxes to train on: set data.skip_empty=false")
+        return part
+
+    def _tree(self) -> Tree | None:
+        """What lies in the folder, where that has to be known."""
+        wanted, root = self._wanted, self.root
+        named = next(iter(wanted.annotations.values()), None)
+        if wanted.annotations.keys() == wanted.images.keys() == {"train", "val"}:
+            return None
+        if named is not None and (root is None or not root.is_dir()):  # coco.yaml's root stands for what is not named
+            root = named.parent
+        if root is None and wanted.config is None:
+            key = "data.root=FOLDER or data.config=FILE.yaml" if self.format == "yolo" else "data.root=FOLDER"
+            raise UserError(f"no data was named: add {key} to the command")
+        return None if root is None else Tree.of(root.absolute())
+
+    def _formats(self) -> list[str]:
+        if self._wanted.config is not None:
+            return ["yolo"]
+        return ["coco"] if self._wanted.annotations else list(_RECOGNISERS)
+
+    def _below(self, path: Path) -> Path:
+        """As given, else from the root on."""
+        return self.root / path if not path.exists() and self.root is not None and (self.root / path).exists() else path
+
+    def _nothing(self, tree: Tree | None) -> str:
+        wanted = {
+            "coco": "a COCO json (annotations/*.json, train/_annotations.coco.json, ...)",
+            "yolo": "a data.yaml, or images with YOLO texts of the same names",
+            "voc": "VOC xml of the same names as images",
+        }
+        looked = wanted[self.format] if self.format in wanted else "; ".join(wanted.values())
+        if tree is None:
+            return f"data.format={self.format} takes a folder: set data.root"
+        images = sum(len(listing.images) for listing in tree.with_images())
+        kinds = {suffix: len(tree.files(suffix)) for suffix in (".json", ".xml", ".txt", ".yaml", ".zip")}
+        has = ", ".join([f"{images} images", *(f"{count} {suffix}" for suffix, count in kinds.items() if count)])
+        place = f"{has} in {len(tree.folders)} folders"
+        return f"{tree.root} holds no annotations that were recognised ({place}): give {looked}"
+
+
+def read_part(
+    folder: DataFolder, *, part: Literal["train", "val"] = "train", load_masks: bool = False, skip_empty: bool = False
+) -> FileDataset:
+    """`DataFolder.read` as a part of a configuration: the data module hands the folder over."""
+    return folder.read(part, load_masks=load_masks, skip_empty=skip_empty)
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value).expanduser()

@@ -1,0 +1,230 @@
+"""Folders as tools leave them: recognised, read as they were written, and refused where they are two things."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import layout_cases as cases
+import pytest
+import torch
+from PIL import Image
+
+from dyndet.cli.compose import build, compose_command
+from dyndet.data import coco, orientation, records, voc, yolo
+from dyndet.data.layouts import coco_layout
+from dyndet.data.layouts.describe import describe
+from dyndet.data.layouts.folder import DataFolder
+from dyndet.data.transforms import resizing
+from dyndet.errors import DataError, UserError
+from dyndet.structures import Sample, Target
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=[case.build.__name__ for case in cases.CASES])
+def test_layouts_are_recognised_and_equal_their_source(case: cases.Case, tmp_path: Path) -> None:
+    outcome = cases.try_layout(case, tmp_path)
+    assert outcome.good, outcome
+
+
+def test_the_table_of_layouts_is_up_to_date(tmp_path: Path) -> None:
+    told = "run `python tests/data/layout_cases.py`"
+    assert (DOCS / "layouts.md").read_text() == cases.table(tmp_path), told
+
+
+@pytest.mark.parametrize("name", ["my (photos) [a=b]", "obst çöğ 果物", "a b"])
+def test_folders_of_any_name(name: str, tmp_path: Path) -> None:
+    for case in cases.CASES[::4]:
+        assert cases.try_layout(case, tmp_path / case.build.__name__ / name).good
+
+
+def test_home_and_links_to_other_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases.yolo_roboflow(tmp_path / "disk" / "fruit")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "disk" / "fruit")
+    for part in ("data.yaml", "train", "valid"):
+        (tmp_path / "data" / part).symlink_to(tmp_path / "disk" / "fruit" / part)
+    (tmp_path / "data" / "link").unlink()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for root in ("~/data", "~/disk/fruit", "~/disk/fruit/data.yaml"):
+        folder = DataFolder(root)
+        assert [cases.indices_of(folder.read(part)) for part in ("train", "val")] == [set(cases.TRAIN), set(cases.VAL)]
+
+
+def test_a_link_back_into_the_folder_is_no_second_set(tmp_path: Path) -> None:
+    cases.coco_beside(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert DataFolder(tmp_path).found.layout == "COCO json (fruit.json)"
+
+
+@pytest.mark.parametrize(
+    ("builds", "words"),
+    [
+        ([cases.coco_one, cases.yolo_usual], ["COCO json (labels.json) and YOLO (data.yaml)", "data.format=coco or"]),
+        (
+            [cases.voc_flat, cases.yolo_beside],
+            ["YOLO without a yaml", "VOC xml", "data.format=yolo or data.format=voc"],
+        ),
+    ],
+)
+def test_two_formats_in_one_folder_are_named_with_the_key(builds: list, words: list[str], tmp_path: Path) -> None:
+    for part in builds:
+        part(tmp_path)
+    with pytest.raises(UserError) as caught:
+        _ = DataFolder(tmp_path).found
+    assert all(word in str(caught.value) for word in words), caught.value
+    for format in ("coco", "yolo", "voc"):
+        if f"data.format={format}" in str(caught.value):
+            assert len(DataFolder(tmp_path, format=format).read("train").records) > 4
+
+
+def test_two_files_for_one_split_are_named_with_the_key(tmp_path: Path) -> None:
+    cases.coco_named(tmp_path)
+    cases.coco(tmp_path / "annotations" / "train_small.json", [0, 1])
+    with pytest.raises(UserError, match=r"_v2\.json, annotations/train_small\.json; .*data\.train_annotations"):
+        _ = DataFolder(tmp_path).found
+    folder = DataFolder(tmp_path, train_annotations=tmp_path / "annotations" / "train_small.json")
+    assert cases.indices_of(folder.read("train")) == {0, 1}
+    assert cases.indices_of(folder.read("val")) == set(cases.VAL)
+    (tmp_path / "yolo").mkdir()
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / "yolo" / name).write_text("train: images\nnames: [a]\n")
+    with pytest.raises(UserError, match=r"a\.yaml, b\.yaml; choose one by data=yolo data\.config=FILE"):
+        _ = DataFolder(tmp_path / "yolo").found
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.jpg", "C:\\secret.jpg"])
+def test_a_json_cannot_name_files_outside(name: str, tmp_path: Path) -> None:
+    Image.new("RGB", (cases.WIDTH, cases.HEIGHT)).save(tmp_path / "secret.jpg")
+    cases.coco_one(tmp_path / "set")
+    file = tmp_path / "set" / "labels.json"
+    content = json.loads(file.read_text())
+    content["images"][-1]["file_name"] = name
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="does not lie inside"):
+        DataFolder(tmp_path / "set").read("train")
+    for entry in content["images"]:
+        entry["file_name"] = name
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="lie in no folder of"):
+        DataFolder(tmp_path / "set").read("train")
+
+
+def test_recognising_opens_no_image_and_parses_each_json_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    for module in (records, orientation, yolo, voc):
+        for name in ("read_header", "image_size"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, opened.append)
+    for case in cases.CASES:
+        case.build(tmp_path / case.build.__name__)
+        _ = DataFolder(tmp_path / case.build.__name__).found
+    assert not opened
+    monkeypatch.undo()
+    parsed: list[str] = []
+    load = coco.load_coco
+    for module in (coco, coco_layout):
+        monkeypatch.setattr(module, "load_coco", lambda file: parsed.append(Path(file).name) or load(file))
+    for layout in (cases.coco_official, cases.coco_one):
+        parsed.clear()
+        folder = DataFolder(tmp_path / layout.__name__)
+        folder.read("train")
+        folder.read("val")
+        assert len(parsed) == len(set(parsed)) == (2 if layout is cases.coco_official else 1)
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        DataFolder(tmp_path / "nowhere").read("train")
+    cases.pictures(tmp_path / "bare", [1, 2])
+    with pytest.raises(DataError, match=r"no annotations that were recognised \(2 images in 1 folders\): give a COCO"):
+        DataFolder(tmp_path / "bare").read("train")
+    with pytest.raises(UserError, match=r"no data was named: add data\.root=FOLDER"):
+        DataFolder().read("train")
+    cases.coco_roboflow(tmp_path / "set")
+    with pytest.raises(UserError, match=r"no split 'tset': it has test, train, val; set data\.val_split"):
+        DataFolder(tmp_path / "set", val_split="tset").read("val")
+    cases.coco(tmp_path / "test" / "_annotations.coco.json", cases.TEST)
+    cases.pictures(tmp_path / "test", cases.TEST)
+    alone = DataFolder(tmp_path / "test", val_split="all")
+    assert cases.indices_of(alone.read("val")) == set(cases.TEST)  # a set to evaluate on needs no splits
+    assert cases.indices_of(DataFolder(tmp_path / "set", val_split="test").read("val")) == set(cases.TEST)
+    cases.coco_roboflow_train_only(tmp_path / "one")
+    assert cases.indices_of(DataFolder(tmp_path / "one", val_split="all").read("val")) == set(cases.EVERY)
+
+
+def test_a_split_that_the_yaml_names_but_nobody_has_is_made_and_said(tmp_path: Path) -> None:
+    cases.yolo_usual(tmp_path)
+    cases.write(tmp_path / "data.yaml", f"train: images/train\nval: images/vla\n{cases.NAMES}")
+    folder = DataFolder(tmp_path)
+    assert cases.indices_of(folder.read("val")) < set(cases.TRAIN)
+    assert "val: images/vla does not exist and is left out" in folder.found.notes
+
+
+def module_of(*overrides: str):
+    module = build(compose_command("train", ["data.num_workers=0", *overrides]).data.module)
+    module.setup("fit")
+    return module
+
+
+def test_what_was_found_is_told_in_a_few_lines(tmp_path: Path) -> None:
+    cases.coco_roboflow_train_only(tmp_path)
+    text = describe(module_of("data=auto", f"data.root={tmp_path}", "data.batch_size=2"))
+    assert len(text.splitlines()) <= 8 and "python" not in text
+    for words in (
+        f"COCO json (train/_annotations.coco.json) in {tmp_path}", "classes (2): apple 4, pear 6",
+        "7 images, 10 boxes", "2 images, 2 boxes, held out of the training images", "data.val_share=0.2",
+        "short edge 640, long edge at most 1066; data.size=640",
+    ):  # fmt: skip
+        assert words in text, text
+    assert describe(module_of("data=shapes", "data.train_images=4", "data.val_images=2")) == ""
+
+
+def test_the_number_of_classes_is_that_of_the_data(tmp_path: Path) -> None:
+    cases.voc_flat(tmp_path)
+    config = compose_command("train", ["data=auto", f"data.root={tmp_path}"]).data
+    assert config.num_classes is None
+    module = build(config.module)
+    module.setup("fit")
+    assert module.num_classes == 2
+    with pytest.raises(UserError, match=r"2 categories but num_classes is 3: set data\.num_classes=2"):
+        module_of("data=auto", f"data.root={tmp_path}", "data.num_classes=3")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(64, (64, 102)), ([48, 96], (48, 96)), (400, (400, 640)), (None, (50, 80)), (60, (60, 96))]
+)
+def test_a_size_is_the_short_edge_or_exact(size: int | list[int] | None, expected: tuple[int, int]) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    sample = Sample(torch.zeros(3, 100, 160, dtype=torch.uint8), Target(torch.zeros(0, 4), none, none.bool()))
+    assert tuple(resizing(50, 80, size=size)(sample, torch.Generator()).image.shape[1:]) == expected  # type: ignore[arg-type]
+
+
+def test_a_size_limits_the_long_edge() -> None:
+    assert resizing(800, 1333, size=480).max_size == 800  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("data", ["auto", "coco", "voc", "yolo"])
+def test_one_key_sets_the_size_of_training_and_validation(data: str) -> None:
+    config = compose_command("train", [f"data={data}", "data.root=x", "data.size=[48,96]"]).data
+    parts = (config.module.train_transform[0], config.module.val_transform[0])
+    assert [build(part).size for part in parts] == [(48, 96)] * 2
+    for config.size in ([1, 2, 3], "large", 2.5, 0):
+        for part in parts:
+            with pytest.raises(UserError, match="size"):
+                build(part)
+
+
+def test_categories_of_all_splits_agree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """VOC has no list of classes: a class that only validation shows is one of training as well."""
+    cases.voc_roboflow(tmp_path)
+    text = (tmp_path / "valid" / "shot06.xml").read_text().replace("pear", "quince")
+    (tmp_path / "valid" / "shot06.xml").write_text(text)
+    folder = DataFolder(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        parts = [folder.read("train"), folder.read("val")]
+    assert [[item.name for item in part.categories] for part in parts] == [["apple", "pear", "quince"]] * 2
+    ids = [record.image_id for part in parts for record in part.records]
+    assert len(set(ids)) == len(ids)
