@@ -15,6 +15,7 @@ TINY = [
     "data.size=64", "data.train_images=24", "data.val_images=2", "data.batch_size=4", "trainer.accelerator=cpu",
     "neck.channels=16", "head=plain_small", "head.num_convs=1", "~callbacks.progress", "~callbacks.preview",
     "~callbacks.density", "trainer.log_every_n_steps=1", "logger=[]", "~callbacks.learning_rate",
+    "optim.optimizer.lr=2e-3",
 ]  # fmt: skip
 
 

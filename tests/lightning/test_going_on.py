@@ -98,7 +98,7 @@ def test_other_categories_of_the_same_number_are_refused(
 def test_differences_name_the_key_that_was_set() -> None:
     then, now = (compose_experiment("shapes_dyn", keys) for keys in ([], ["data.batch_size=2", "head=plain_small"]))
     said = check_changes("x.ckpt", _plain(then), now)
-    assert "data.batch_size 16 -> 2" in said and "head FineGrainedHead -> PlainHead" in said
+    assert "data.batch_size 8 -> 2" in said and "head FineGrainedHead -> PlainHead" in said
     assert "data.module" not in said  # which refers to data.batch_size
     assert check_changes("x.ckpt", _plain(then), compose_experiment("shapes_dyn", ["init=a.ckpt", "name=b"])) == ""
 
