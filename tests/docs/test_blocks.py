@@ -8,9 +8,6 @@ import pytest
 from blocks import PAGES, Block, blocks_of, check_block
 from sandbox import Sandbox
 
-PENDING_ALLOWED = False
-"""Whether blocks may wait for parts that are not there yet. With False, a mark `pending` is a failure: take it out."""
-
 README_MARKS = {"import dyndet": ("slow",)}
 """How blocks of the README are tested, by how they start: it shows no comments for tests."""
 
@@ -38,29 +35,15 @@ REAL = [
 ]
 
 
-def allow(block: Block, error: Exception) -> None:
-    if not (block.pending and PENDING_ALLOWED):
-        raise error
-    pytest.xfail(f"{block} waits for a part that is not there yet: {error}")
-
-
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS}))
 def test_commands_are_understood(page: str) -> None:
     """Each composes its configuration, of a sweep for every value; values are of the right kind."""
-    waiting = []
     for block in BLOCKS:
         if block.page != page:
             continue
-        assert not block.pending or PENDING_ALLOWED, f"{block} is marked as pending: take the mark out"
+        assert not block.pending, f"{block} is marked as pending: take the mark out"
         assert block.how != "skip" or len(block.mark) > 1, f"{block}: say why it is not run"
-        try:
-            check_block(block)
-        except AssertionError as error:
-            if not block.pending:
-                raise
-            waiting.append(error)
-    if waiting:
-        allow(Block(page, 0, "", "", ("pending",)), waiting[0])
+        check_block(block)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +53,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
 
 @pytest.mark.parametrize("block", REAL, ids=str)
 def test_blocks_run(block: Block, sandbox: Sandbox) -> None:
-    try:
-        sandbox.run(block)
-    except AssertionError as error:
-        allow(block, error)
+    sandbox.run(block)
 
 
 def test_a_mistake_in_a_page_is_found() -> None:
