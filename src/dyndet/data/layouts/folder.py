@@ -129,7 +129,7 @@ class DataFolder:
             )
         dataset = self.found.splits[name](load_masks=load_masks, skip_empty=skip_empty)
         self._files[part] = {record.path for record in dataset.records}
-        self._refuse_the_same()
+        self._tell_the_same()
         return dataset
 
     def used(self, part: Literal["train", "val"]) -> str:
@@ -152,19 +152,13 @@ class DataFolder:
         own = self.val_split == "val" and "val" not in splits and self.used("train") in splits
         return self.val_share if own else None
 
-    def _refuse_the_same(self) -> None:
-        """Images that both train and validate are meant where the user or the yaml names one split twice."""
+    def _tell_the_same(self) -> None:
+        """They may be meant, to see whether anything is learned at all; but that has to be known."""
         train, val = self._files.get("train"), self._files.get("val")
         if not train or not val or 2 * len(train & val) <= len(val):
             return
-        names, places = [self.used("train"), self.used("val")], self.found.places
         said = f"{len(train & val)} of {len(val)} validation images are training images"
-        if names[0] != names[1] and places.get(names[0]) != places.get(names[1]):
-            raise UserError(
-                f"{said} ({places.get(names[0], names[0])} and {places.get(names[1], names[1])}): AP would tell "
-                "nothing; correct the splits, or name others by data.train_split and data.val_split"
-            )
-        logger.warning("%s, as %s says: AP tells how well they are learnt by heart", said, self.root or "the yaml")
+        logger.warning("%s in %s: AP tells how well they are learnt by heart", said, self.root or "the data")
 
     def _side(self, *, validates: bool, load_masks: bool, skip_empty: bool) -> FileDataset:
         """One side of the split that is made here; both come from one reading."""
