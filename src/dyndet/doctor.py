@@ -18,7 +18,7 @@ from dyndet.checkup.examination import examine, overview
 from dyndet.checkup.finding import SEVERITIES, Finding
 from dyndet.checkup.sheet import doctor_sheet
 from dyndet.checkup.split import read_splits
-from dyndet.checkup.surroundings import unreadable_files
+from dyndet.checkup.surroundings import unreadable_files, unusable
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
 from dyndet.cli.configured import count_of
@@ -41,7 +41,7 @@ def doctor(config: DictConfig) -> list[Finding]:
     try:
         data.setup("fit")
     except DataError as error:
-        findings = [Finding("labels", "error", str(error), 1, "mend this first: the other checks need it")]
+        findings = [unusable(error)]
         root = config.data.get("root")
         findings += unreadable_files(Path(root)) if root else []
         _write(findings, folder, console)

@@ -8,7 +8,15 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-    """A dataset file, image or annotation that cannot be used."""
+    """A dataset file, image or annotation that cannot be used.
+
+    Attributes:
+        faults: one message each, where several files are meant.
+    """
+
+    def __init__(self, message: str, faults: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults
 
 
 class MissingDataError(DataError):

@@ -39,6 +39,7 @@ class Plain:
         dataset = object.__new__(FileDataset)
         dataset.records, dataset.categories, dataset.sizes = self.records, self.categories, self.sizes
         dataset.repairs = repairs or Repairs()
+        dataset.upright = True
         split = Split.of(name, dataset)
         split.paths[:] = [prefix + path for path in split.paths]
         return split

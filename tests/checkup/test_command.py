@@ -86,3 +86,19 @@ def test_labels_that_cannot_be_read_are_a_finding(tmp_path: Path) -> None:
     _, _, findings = doctor(tmp_path, "train", "val")
     assert findings[1]["check"] == "unreadable images"
     assert "3.png" in findings[1]["places"][0]["where"]
+
+
+def test_every_broken_label_file_is_named(tmp_path: Path) -> None:
+    labels = {"a": "0 0.5 0.5 0.2", "b": "0 0.5 0.5 0.2 0.2", "c": "7 0.5 0.5 0.2 0.2", "d": "cat"}
+    for folder in ("images", "labels"):
+        (tmp_path / folder / "train").mkdir(parents=True)
+    for stem, text in labels.items():
+        Image.effect_noise((96, 64), 60).convert("RGB").save(tmp_path / "images" / "train" / f"{stem}.png")
+        (tmp_path / "labels" / "train" / f"{stem}.txt").write_text(text)
+    (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: images/train\nval: images/train\n")
+    done = forked(tmp_path, "doctor", "+experiment=finetune", "data.root=.", "out=found")
+    assert done.returncode == 1
+    (finding,) = json.loads((tmp_path / "found" / "doctor.json").read_text())
+    assert (finding["text"], finding["count"]) == ("labels cannot be read: 3 faults", 3)
+    for place, start in zip(finding["places"], ("a.txt line 1", "c.txt line 1 has class 7", "d.txt"), strict=True):
+        assert start in place["where"]

@@ -12,6 +12,7 @@ from dyndet.checkup.finding import Finding
 from dyndet.checkup.looks import BITS_APART, check_pictures, fingerprint, look_at
 from dyndet.checkup.split import Split
 from dyndet.checkup.surroundings import check_folders, missing_files
+from dyndet.data.images import read_header
 from dyndet.data.records import FileDataset, Record
 from dyndet.structures import Category
 
@@ -71,6 +72,24 @@ def test_unreadable_and_empty_pictures(tmp_path: Path) -> None:
     assert by_check(findings) == {("unreadable images", "error"): 1, ("images without contrast", "warning"): 1}
     assert "2.png" in findings[0].places[0].where
     assert "black.png" in findings[1].places[0].where
+
+
+def test_exif_orientations_are_counted_by_how_images_are_read(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sizes = {"up": (SIZE[1], SIZE[0]), "stored": SIZE, "unsaid": None}  # what labels say (H, W); stored: 48 x 64
+    records = []
+    for number, (name, size) in enumerate(sizes.items()):
+        file = tmp_path / f"{name}.jpg"
+        scene(number).save(file, exif=exif)
+        records.append(Record.of(file, number, size or read_header(file), [[1, 1, 20, 20]], [0]))
+    findings = check_pictures(look_at([Split.of("train", FileDataset(records, [Category(1, "cat")]))]))
+    assert {(item.severity, Path(item.places[0].where).stem, "read upright" in item.text) for item in findings} == {
+        ("note", "up", True),
+        ("warning", "stored", False),
+        ("warning", "unsaid", True),
+    }
+    assert {item.check for item in findings} == {"EXIF orientation"}
 
 
 @pytest.mark.parametrize("quality", [95, 60])

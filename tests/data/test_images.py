@@ -100,6 +100,19 @@ def test_images_are_turned_by_their_exif_orientation(tmp_path: Path, orientation
         np.testing.assert_array_equal(read_image(path, annotated=size, upright=False).permute(1, 2, 0), expected)
 
 
+def test_orientation_behind_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(COLOURS), "PNG", exif=exif)
+    first, end = data.index(b"eXIf") - 4, data.index(b"IDAT") - 4
+    chunk, tail = data[first:end], data.index(b"IEND") - 4
+    (tmp_path / "a.png").write_bytes(data[:first] + data[end:tail] + chunk + data[tail:])
+    assert read_header(tmp_path / "a.png") == Header((5, 7), 6)
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), UPRIGHT[6])
+    (tmp_path / "torn.png").write_bytes(data[:first] + data[end:tail])  # ends before its last chunk
+    assert read_header(tmp_path / "torn.png").orientation == 1
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("data", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0" * 40, b"Exif\0\0II*\0"])
 def test_broken_exif_does_not_matter(tmp_path: Path, data: bytes) -> None:

@@ -102,6 +102,8 @@ def test_nothing_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=f"source={source}".replace("*", r"\*") + f".*{message}"):
             find_sources(str(source))
+    with pytest.raises(UserError, match="no such user's folder"):
+        find_sources("~nobody-of-this-name/photos")
     with pytest.raises(UserError, match="no text file with a path per line"):
         find_sources(str(tmp_path / "broken.txt"))
 

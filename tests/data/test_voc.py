@@ -60,10 +60,10 @@ def test_images_without_objects_can_be_left_out(tmp_path: Path) -> None:
     assert VocDataset(root, skip_empty=True)[0].target.image_id == 2  # ids stay
 
 
-@pytest.mark.parametrize("text", ["", "Unspecified", "0"])
-def test_difficult_may_be_unsaid(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "Unspecified", "0", "false", "True", "1"])
+def test_difficult_as_tools_write_it(text: str, tmp_path: Path) -> None:
     root = write(tmp_path, {"a": page(item("cat", extra=f"<difficult>{text}</difficult>"))}, {"train": "a"})
-    assert VocDataset(root).records[0].crowd.tolist() == [False]
+    assert VocDataset(root).records[0].crowd.tolist() == [text in ("True", "1")]
 
 
 def test_difficult_objects_are_crowd_or_left_out(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from PIL import Image
 
 from dyndet.checkup.finding import Finding, first_few, many
 from dyndet.checkup.split import Split
+from dyndet.data.images import Header, read_header
 from dyndet.errors import DataError
+from dyndet.structures import Size
 
 NIL_CONTRAST = 8
 """An image whose values span no more than this, of 0..255, shows nothing."""
@@ -36,6 +38,7 @@ class Look:
         content: digest of the file, or of the pixels where there is none.
         print: 200 bits that small changes of an image leave as they are.
         span: of its values, 0..255.
+        header: of the file; None where there is none.
         problem: why it could not be read; the others are meaningless then.
     """
 
@@ -44,7 +47,13 @@ class Look:
     content: bytes = b""
     print: int = 0
     span: int = 0
+    header: Header | None = None
     problem: str = ""
+
+    @property
+    def told(self) -> Size | None:
+        """(H, W) that annotations are for, where they say."""
+        return self.split.size(self.index) if self.split.sized[self.index] else None
 
 
 def look_at(
@@ -67,7 +76,7 @@ def look_at(
 
 def check_pictures(looks: Sequence[Look]) -> list[Finding]:
     """All checks of what was seen."""
-    return unreadable(looks) + without_contrast(looks) + same_pictures(looks)
+    return unreadable(looks) + without_contrast(looks) + turned(looks) + same_pictures(looks)
 
 
 def unreadable(looks: Sequence[Look]) -> list[Finding]:
@@ -90,6 +99,26 @@ def without_contrast(looks: Sequence[Look]) -> list[Finding]:
     advice = "black or washed-out files, or values in a range that their format does not tell"
     severity = "error" if share > 0.5 else "warning"
     return [Finding("images without contrast", severity, text, len(flat), advice, first_few(places))]
+
+
+def turned(looks: Sequence[Look]) -> list[Finding]:
+    """Images that their EXIF orientation turns, by how they are read."""
+    found: dict[tuple[bool, bool], list[Look]] = defaultdict(list)
+    for look in looks:
+        if look.header is not None and look.header.orientation != 1:
+            told, header = look.told, look.header
+            tells = told is not None and header.stored != header.upright
+            found[tells, header.reads_upright(told, look.split.upright)].append(look)
+    findings = []
+    for (tells, upright), group in sorted(found.items()):
+        how = "read upright, as annotation tools show them" if upright else "read unturned, as their labels are"
+        text = f"{many(len(group), 'image')} with an EXIF orientation: {how}"
+        text += "" if tells else "; their sizes do not tell whether labels are meant so"
+        advice = "other tools may show boxes and images apart; to be sure, save the images upright, without the tag"
+        places = [look.split.at_image(look.index) for look in group]
+        severity = "note" if tells and upright else "warning"
+        findings.append(Finding("EXIF orientation", severity, text, len(group), advice, first_few(places)))
+    return findings
 
 
 def same_pictures(looks: Sequence[Look]) -> list[Finding]:
@@ -129,13 +158,14 @@ def _look(split: Split, index: int) -> Look:
     path = split.paths[index]
     try:
         pixels = split.dataset[index].image
+        header = read_header(path) if path else None
     except DataError as error:
         return Look(split, index, problem=str(error))
     span = int(pixels.max()) - int(pixels.min())
     data = Path(path).read_bytes() if path else pixels.numpy().tobytes()
     digest = hashlib.blake2b(data, digest_size=16).digest()
     picture = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
-    return Look(split, index, digest, fingerprint(picture), span)
+    return Look(split, index, digest, fingerprint(picture), span, header)
 
 
 def _groups(looks: Sequence[Look], key: Callable[[Look], object]) -> list[list[Look]]:

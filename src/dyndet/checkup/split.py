@@ -28,6 +28,8 @@ class Split:
         labels: (M,) of the boxes.
         crowd: (M,) bool.
         repairs: what the reader mended.
+        sized: (N,) bool, whether annotations say for which size they are.
+        upright: whether images are turned by their EXIF orientation where that does not tell.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Split:
     labels: NDArray[np.int64]
     crowd: NDArray[np.bool_]
     repairs: Repairs
+    sized: NDArray[np.bool_]
+    upright: bool
 
     @classmethod
     def of(cls, name: str, dataset: DetectionDataset) -> Split:
@@ -49,15 +53,17 @@ class Split:
         """
         whole, chosen = _parts(dataset)
         paths: list[str] = []
-        boxes, labels, crowd = [], [], []
+        boxes, labels, crowd, sized = [], [], [], []
         for index in chosen:
             if isinstance(whole, FileDataset):
                 record = whole.records[index]
                 paths.append(str(record.path))
+                sized.append(record.sized)
                 found = (record.boxes, record.labels, record.crowd)
             else:
                 target = whole[index].target
                 paths.append(target.path)
+                sized.append(False)
                 found = (target.boxes.numpy(), target.labels.numpy(), target.crowd.numpy())
             for values, part in zip((boxes, labels, crowd), found, strict=True):
                 values.append(part)
@@ -72,6 +78,8 @@ class Split:
             np.concatenate(labels).astype(np.int64) if labels else np.zeros(0, np.int64),
             np.concatenate(crowd).astype(np.bool_) if crowd else np.zeros(0, np.bool_),
             _repairs(dataset, whole, chosen),
+            np.array(sized, np.bool_),
+            whole.upright if isinstance(whole, FileDataset) else True,
         )
 
     @property

@@ -12,6 +12,9 @@ from dyndet.checkup.split import Split
 from dyndet.data.images import SUFFIXES, image_size
 from dyndet.errors import DataError
 
+MOST_FAULTS = 50
+"""Of labels that are shown: all must be mended before anything else can be checked."""
+
 _TWINS = {"images": ("labels",), "JPEGImages": ("Annotations",)}
 _LABELS = (".txt", ".xml")
 _NO_LABELS = frozenset({"classes", "obj", "readme", "license", "notes", "train", "val", "valid", "test"})
@@ -48,6 +51,17 @@ def check_folders(splits: Sequence[Split]) -> list[Finding]:
             )
         )
     return findings
+
+
+def unusable(error: DataError) -> Finding:
+    """What kept a data set from being read, fault by fault."""
+    advice = "mend this first: the other checks need it"
+    if not error.faults:
+        return Finding("labels", "error", str(error), 1, advice)
+    places = tuple(Place("", None, fault) for fault in error.faults[:MOST_FAULTS])
+    count = len(error.faults)
+    shown = f", of which {MOST_FAULTS} are shown" if count > MOST_FAULTS else ""
+    return Finding("labels", "error", f"labels cannot be read: {count} faults{shown}", count, advice, places)
 
 
 def unreadable_files(root: Path, most: int = 20_000) -> list[Finding]:

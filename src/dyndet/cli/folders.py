@@ -20,6 +20,7 @@ from omegaconf import DictConfig, read_write
 from dyndet.cli.jobs import close_sweep, job_files
 from dyndet.cli.latest import latest_run
 from dyndet.cli.quoting import quote, raw
+from dyndet.data.user_paths import user_path
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning looks for them
 
@@ -30,7 +31,7 @@ def resumed_run(name: str, ckpt_path: str | None) -> Path | None:
         return latest_run(name)
     if not isinstance(ckpt_path, str):  # a list is refused later
         return None
-    path = Path(ckpt_path).expanduser()
+    path = user_path(ckpt_path)
     return path.parent.parent if path.parent.name == "checkpoints" and path.is_file() else None
 
 

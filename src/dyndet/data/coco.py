@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dyndet.data.faults import read_all
 from dyndet.data.images import find_inside
 from dyndet.data.masks import Segmentation
 from dyndet.data.numbers import Entry, number, text, whole
@@ -60,10 +61,11 @@ class CocoDataset(FileDataset):
             categories = known if classes is None else _chosen(known, classes, file)
             repairs = Repairs()
             labels = {category.id: label for label, category in enumerate(categories)}
-            records = [
-                _record(entry, grouped[entry["id"]], labels, folder, file, load_masks, repairs)
-                for entry in content["images"]
-            ]
+
+            def record(entry: Entry) -> Record:
+                return _record(entry, grouped[entry["id"]], labels, folder, file, load_masks, repairs)
+
+            records = read_all(record, content["images"], file)
         except KeyError as error:
             raise DataError(f"{file} has an entry without {error}: see cocodataset.org/#format-data") from error
         super().__init__(

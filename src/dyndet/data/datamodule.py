@@ -224,7 +224,7 @@ class DetectionDataModule(LightningDataModule):
         try:
             split = source(*([] if self.folder is None else [self.folder])) if callable(source) else source
         except MissingDataError as error:
-            raise MissingDataError(f"{error}. {self.hint}" if self.hint else str(error)) from error
+            raise MissingDataError(f"{error}. {self.hint}" if self.hint else str(error), error.faults) from error
         refuse_useless(split, name)
         if name == "train":
             warn_of_flat(split, name)

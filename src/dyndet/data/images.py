@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from dyndet.data.pixel_values import to_rgb
@@ -203,7 +205,27 @@ def _header(image: Image.Image) -> Header:
     tags: Any = getattr(image, "tag_v2", None)
     if tags is not None:  # its size is the upright one already
         return Header((int(tags[_LENGTH]), int(tags[_WIDTH])), _orientation(tags.get(_ORIENTATION)))
-    return Header((image.height, image.width), _orientation(_exif(image.info.get("exif"))))
+    data = image.info.get("exif")
+    if data is None and image.format == "PNG":
+        data = _behind_pixels(image)
+    return Header((image.height, image.width), _orientation(_exif(data)))
+
+
+def _behind_pixels(image: Image.Image) -> bytes | None:
+    """EXIF of a PNG whose pixels come first, as exiftool writes it: Pillow would find it when it decodes."""
+    file = cast(ImageFile, image).fp
+    assert file is not None  # until its pixels are read
+    place = file.tell()
+    try:
+        file.seek(8)
+        while len(start := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", start)
+            if kind in (b"eXIf", b"IEND"):
+                return file.read(length) if kind == b"eXIf" else None
+            file.seek(length + 4, os.SEEK_CUR)
+        return None
+    finally:
+        file.seek(place)
 
 
 def _exif(data: bytes | None) -> object:

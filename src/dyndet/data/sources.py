@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dyndet.data.images import SUFFIXES
+from dyndet.data.user_paths import user_path
 from dyndet.errors import UserError
 from dyndet.structures import Sample, Target
 
@@ -86,7 +87,7 @@ def _paths(item: str, skip: str | None, *, named: bool, lists: bool = True) -> I
     """Of one entry; `named`: it stands in a list, where what is not there is reported when it is read."""
     if re.match(r"[a-z][a-z0-9+.-]+://", item, re.IGNORECASE):
         raise UserError(f"source={item}: addresses are not read; fetch the file first (curl -LO {item}) and name it")
-    path = Path(item).expanduser()
+    path = user_path(item)
     if path.is_dir():
         return _in_folder(path, skip)
     if path.is_file():
@@ -122,7 +123,7 @@ def _listed(file: Path, skip: str | None) -> Iterator[Path]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"source={file} is no text file with a path per line: {error}") from error
     for line in filter(None, map(str.strip, lines)):
-        beside = file.parent / Path(line).expanduser()
+        beside = file.parent / user_path(line)
         item = str(beside) if beside.exists() or not Path(line).exists() else line
         yield from _paths(line if "://" in line else item, skip, named=True, lists=False)
 

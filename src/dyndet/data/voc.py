@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
+from dyndet.data.faults import read_all
 from dyndet.data.images import SUFFIXES, read_header, resolve_inside
 from dyndet.data.records import FileDataset, Record, Repairs
 from dyndet.data.text_files import read_text
@@ -20,6 +21,9 @@ from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
 logger = logging.getLogger(__name__)
+
+_NO, _YES = ("", "0", "unspecified", "false", "no"), ("1", "true", "yes")
+"""What tools write for `difficult`."""
 
 
 class VocDataset(FileDataset):
@@ -62,10 +66,12 @@ class VocDataset(FileDataset):
         labels = {name: label for label, name in enumerate(names)}
         ranks = {path: rank for rank, path in enumerate(folder.files, start=1)}
         repairs = Repairs()
-        records = [
-            _record(folder.image(file, pages[file].filename), pages[file], ranks[file], labels, keep_difficult, repairs)
-            for file in members
-        ]
+
+        def record(file: Path) -> Record:
+            image = folder.image(file, pages[file].filename)
+            return _record(image, pages[file], ranks[file], labels, keep_difficult, repairs)
+
+        records = read_all(record, members, source)
         categories = [Category(id, name) for id, name in enumerate(names, start=1)]
         super().__init__(records, categories, skip_empty=skip_empty, repairs=repairs, source=source)
 
@@ -91,7 +97,8 @@ class VocFolder(ABC):
 
     @cached_property
     def pages(self) -> dict[Path, _Page]:
-        return {path: _read(resolve_inside(path.parent, path.name)) for path in self.files}
+        pages = read_all(lambda path: _read(resolve_inside(path.parent, path.name)), self.files, self.root)
+        return dict(zip(self.files, pages, strict=True))
 
 
 class OriginalFolder(VocFolder):
@@ -181,8 +188,14 @@ def _object(item: Element, path: Path, position: int) -> _Object:
     if not name:
         raise DataError(f"{where} has no name: add one")
     box = [_number(item, f"bndbox/{side}", where) for side in ("xmin", "ymin", "xmax", "ymax")]
-    unsaid = (item.findtext("difficult") or "").strip().lower() in ("", "unspecified")
-    return _Object(name, not unsaid and _number(item, "difficult", where, 0) == 1, box, position)
+    return _Object(name, _difficult(item, where), box, position)
+
+
+def _difficult(item: Element, where: str) -> bool:
+    word = (item.findtext("difficult") or "").strip().lower()
+    if word in _NO or word in _YES:
+        return word in _YES
+    return _number(item, "difficult", where) == 1
 
 
 def _number(item: Element, key: str, where: str | Path, default: float | None = None) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dyndet.data.faults import read_all
 from dyndet.data.images import SUFFIXES, read_header
 from dyndet.data.masks import Segmentation
 from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
@@ -66,10 +67,12 @@ class YoloDataset(FileDataset):
             )  # fmt: skip
         labels = {category.id: label for label, category in enumerate(config.categories)}
         repairs = Repairs()
-        records = [
-            _record(image, file if exists else None, rank, labels, load_masks, repairs, config.keypoints)
-            for rank, (image, (file, exists)) in enumerate(pairs, start=1)
-        ]
+
+        def record(item: tuple[int, tuple[Path, tuple[Path, bool]]]) -> Record:
+            rank, (image, (file, exists)) = item
+            return _record(image, file if exists else None, rank, labels, load_masks, repairs, config.keypoints)
+
+        records = read_all(record, enumerate(pairs, start=1), source)
         super().__init__(
             records, config.categories, load_masks=load_masks, skip_empty=skip_empty, repairs=repairs, source=source
         )

@@ -15,6 +15,7 @@ from dyndet.data.images import SUFFIXES, resolve_inside
 from dyndet.data.layouts.found import SPLIT_WORDS, split_word
 from dyndet.data.layouts.tree import Listing, Tree
 from dyndet.data.text_files import read_text
+from dyndet.data.user_paths import user_path
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
@@ -73,11 +74,11 @@ class YoloConfig:
         Raises:
             DataError: if it cannot be read or has no classes.
         """
-        file = Path(file).expanduser()
+        file = user_path(file)
         content = _load(file)
         notes: list[str] = []
         home = file.parent.absolute()
-        bases = [] if root is None else [Path(root).expanduser().absolute()]
+        bases = [] if root is None else [user_path(root).absolute()]
         if path := content.get("path"):
             declared = _joined(home, str(path))
             if declared is not None and declared.is_dir():

@@ -17,6 +17,7 @@ from dyndet.data.layouts.tree import Tree
 from dyndet.data.layouts.voc_layout import recognise_voc
 from dyndet.data.layouts.yolo_layout import recognise_yolo
 from dyndet.data.records import FileDataset, Repairs
+from dyndet.data.user_paths import user_path
 from dyndet.errors import DataError, MissingDataError, UserError
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,4 @@ def read_part(
 
 
 def _path(value: str | Path | None) -> Path | None:
-    try:
-        return None if value is None else Path(value).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{value}: there is no such user's folder ({error}): write the path in full") from error
+    return None if value is None else user_path(value)
