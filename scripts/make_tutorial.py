@@ -22,6 +22,8 @@ from pathlib import Path
 from PIL import Image
 
 NAMES = {"RBC": "red cell", "WBC": "white cell", "Platelets": "platelet"}
+_LEFT_OUT = r"it/s|━━━|^ +(total|head|cls|box|ctr|budget)|PU available|PU cores|^Loading `|lightning|rank_zero"
+"""Lines of progress bars, and of Lightning about itself."""
 _TORN, _TWICE, _COPIED = 5, 9, 14
 """Images of the folder with a fault each: half a file, a box drawn twice, a copy under another name."""
 
@@ -127,26 +129,25 @@ class Tutorial:
         start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "dyndet", name, *arguments],
-            cwd=self.folder, env=environment, capture_output=True, text=True, check=False,
+            cwd=self.folder, env=environment, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         seconds = time.monotonic() - start
         self.seconds += seconds
         if done.returncode != code:
-            raise RuntimeError(f"dyndet {name} ended with {done.returncode}: {done.stdout}{done.stderr}")
+            raise RuntimeError(f"dyndet {name} ended with {done.returncode}: {done.stdout}")
         print(f"dyndet {name} {typed}: {seconds:.0f} s", file=sys.stderr)
-        self.lines += ["```console", f"$ dyndet {name} {typed}", *shortened(done.stdout), "```", ""]
+        self.lines += ["```console", f"$ dyndet {name} {typed}", *shortened(done.stdout, self.folder), "```", ""]
         self.lines += [
             f"({seconds / 60:.1f} minutes on two cores.)" if seconds > 60 else f"({seconds:.0f} seconds.)",
             "",
         ]
 
 
-def shortened(text: str, most: int = 60) -> list[str]:
-    """The lines of an output without progress bars, long tails cut."""
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+def shortened(text: str, folder: Path) -> list[str]:
+    """The lines of an output without progress bars and what Lightning says of itself; paths from `folder` on."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace(f"{folder}/", "")
     lines = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    kept = [line for line in lines if line.strip() and not re.search(r"━|it/s", line)]
-    return kept if len(kept) <= most else [*kept[: most - 10], "...", *kept[-9:]]
+    return [line for line in lines if line.strip() and not re.search(_LEFT_OUT, line)]
 
 
 def pictures(folder: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""How large the objects of a set are at the input size, and which level ranges follow from it."""
+"""How large the objects of a set are at the input size, and which level ranges and anchors follow from it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from dyndet.data.dataset import DetectionDataset
 from dyndet.data.sampler import keyed_generator
 from dyndet.data.transforms import Transform
 from dyndet.errors import DataError
+from dyndet.models.predictors.anchors import AnchorGrid
 
 SHARES = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)
 """Level ranges in strides: 8 is published, below 2.5 a level would have hardly a point per object."""
 
+SCALES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
+"""Sides of anchors in strides."""
 
-def reaches(dataset: DetectionDataset, transform: Transform | None, *, images: int = 64) -> Tensor:
-    """Half the longer side of boxes: about the largest distance that a point at an object's centre regresses.
+
+def box_shapes(dataset: DetectionDataset, transform: Transform | None, *, images: int = 64) -> Tensor:
+    """Width and height of boxes.
 
     Args:
         dataset: of which so many images are read, spread evenly.
@@ -25,10 +29,10 @@ def reaches(dataset: DetectionDataset, transform: Transform | None, *, images: i
         images: at most.
 
     Returns:
-        (N,) in pixels of the input, crowd left out.
+        (N, 2) in pixels of the input, crowd left out.
     """
     count = min(images, len(dataset))
-    found = [torch.zeros(0)]
+    found = [torch.zeros(0, 2)]
     for position in range(count):
         try:
             sample = dataset[position * len(dataset) // count]
@@ -37,8 +41,13 @@ def reaches(dataset: DetectionDataset, transform: Transform | None, *, images: i
         if transform is not None:
             sample = transform(sample, keyed_generator(0, position))
         boxes = sample.target.boxes[~sample.target.crowd]
-        found.append((boxes[:, 2:] - boxes[:, :2]).amax(1) / 2)
+        found.append(boxes[:, 2:] - boxes[:, :2])
     return torch.cat(found)
+
+
+def reaches(shapes: Tensor) -> Tensor:
+    """(N,) half the longer side: about the largest distance that a point at an object's centre regresses."""
+    return shapes.amax(1) / 2
 
 
 def base_range(reach: Tensor, strides: Sequence[int]) -> float:
@@ -60,3 +69,63 @@ def base_range(reach: Tensor, strides: Sequence[int]) -> float:
         return float(torch.special.entr(shares).sum())
 
     return max(candidates, key=evenness)
+
+
+def anchor_scale(shapes: Tensor, strides: Sequence[int], *, per_octave: int, ratios: Sequence[float]) -> float:
+    """The smallest side of anchors, in strides, with which boxes find the best anchors: largest mean of their best IoU.
+
+    Levels have anchors scale * stride * 2^(i / per_octave) of every ratio. Without objects it is RetinaNet's 4 for
+    whole octaves and 8 for single sizes.
+
+    Args:
+        shapes: (N, 2) of `box_shapes`.
+        strides: of the levels.
+        per_octave: sizes per level.
+        ratios: height / width.
+    """
+    if not len(shapes):
+        return 8.0 if per_octave == 1 else 4.0
+
+    def fit(scale: float) -> float:
+        grid = AnchorGrid.octaves(base=scale, per_octave=per_octave, ratios=ratios).shapes()
+        return float(shape_iou(shapes, torch.cat([grid * stride for stride in strides])).amax(1).mean())
+
+    return max(SCALES, key=fit)
+
+
+def clustered_anchors(shapes: Tensor, levels: int, each: int = 3, *, rounds: int = 100) -> list[list[list[float]]]:
+    """(levels, each, 2) widths and heights that stand for all boxes: k-means of their logarithms, from small to large.
+
+    Args:
+        shapes: (N, 2) of `box_shapes`.
+        levels: of the pyramid, finest first.
+        each: anchors per level.
+        rounds: of k-means at most.
+
+    Raises:
+        DataError: if there are fewer boxes of different shape than anchors.
+    """
+    points = shapes.clamp(min=1).log().unique(dim=0).double()
+    number = levels * each
+    if len(points) < number:
+        raise DataError(
+            f"{len(points)} boxes of different shape for {number} anchors: give predictor.anchors as lists of [w, h]"
+        )
+    points = points[points.sum(1).argsort(stable=True)]
+    centres = points[torch.linspace(0, len(points) - 1, number).round().long()]
+    for _ in range(rounds):
+        nearest = torch.cdist(points, centres).argmin(1)
+        moved = torch.stack(
+            [points[nearest == k].mean(0) if (nearest == k).any() else centres[k] for k in range(number)]
+        )
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    sides = centres[centres.sum(1).argsort(stable=True)].exp()
+    return [[[round(value, 1) for value in pair] for pair in level] for level in sides.view(levels, each, 2).tolist()]
+
+
+def shape_iou(shapes: Tensor, others: Tensor) -> Tensor:
+    """(N, 2) and (M, 2) widths and heights -> (N, M) IoU of boxes that share their centre."""
+    common = torch.minimum(shapes[:, None], others).prod(-1)
+    return common / (shapes.prod(1)[:, None] + others.prod(1) - common).clamp(min=1e-9)
