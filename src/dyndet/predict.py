@@ -32,14 +32,11 @@ from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.formats import CocoWriter, CsvWriter, JsonWriter, Prediction, Writer, YoloWriter
 from dyndet.metrics.static import StaticCosts, meter_batch
 from dyndet.metrics.wanted import Wanted
-from dyndet.report.draw import draw_detections
+from dyndet.report.draw import DRAWN_FROM, draw_detections
 from dyndet.report.gate_maps import preview, summary
 from dyndet.report.style import captioned
 from dyndet.routing import Routes, Routing
 from dyndet.structures import Detections, Sample
-
-DRAWN_FROM = 0.3
-"""The score from which on pictures show something, unless one is set."""
 
 _FORMATS: dict[str, Callable[..., Writer]] = {
     "json": JsonWriter, "coco": CocoWriter, "yolo": YoloWriter, "csv": CsvWriter,

@@ -133,7 +133,7 @@ def test_pictures_show_one_box_per_object_and_files_all() -> None:
         [100.0, 100, 200, 200],
         [104, 100, 204, 200],
         [100, 100, 200, 166],
-        [100, 100, 200, 149],
+        [100, 100, 200, 139],
         [300, 300, 350, 350],
     ]
     found = detections(*boxes)

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from dyndet.lightning.detection import DetectionModule
+from dyndet.report.draw import DRAWN_FROM
 from dyndet.report.gate_maps import preview
 from dyndet.structures import Batch
 
@@ -24,7 +25,7 @@ class Preview(Callback):
         score_threshold: detections below it are not drawn.
     """
 
-    def __init__(self, folder: str | Path, *, images: int = 4, score_threshold: float = 0.3) -> None:
+    def __init__(self, folder: str | Path, *, images: int = 4, score_threshold: float = DRAWN_FROM) -> None:
         self.folder = Path(folder)
         self.images = images
         self.score_threshold = score_threshold

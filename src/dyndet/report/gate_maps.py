@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dyndet.metrics.compute import pyramid_names
-from dyndet.report.draw import draw_detections, visible
+from dyndet.report.draw import DRAWN_FROM, draw_detections, visible
 from dyndet.report.style import (
     MIN_SIDE,
     captioned,
@@ -163,7 +163,7 @@ def preview(
     strides: Sequence[int] = (),
     size: Size | None = None,
     original_size: Size | None = None,
-    score_threshold: float = 0.3,
+    score_threshold: float = DRAWN_FROM,
     min_side: int = MIN_SIDE,
 ) -> Image.Image:
     """One strip: ground truth, detections, compute map, the dearest path's gates by level. None leaves panels out.
@@ -207,7 +207,9 @@ def preview(
     return side_by_side(panels or [captioned(to_picture(image), "image")])
 
 
-def summary(found: Detections, routing: Routing | Routes | None, index: int = 0, score_threshold: float = 0.3) -> str:
+def summary(
+    found: Detections, routing: Routing | Routes | None, index: int = 0, score_threshold: float = DRAWN_FROM
+) -> str:
     """How many detections a picture shows ("5 of 8" where it leaves some of the same objects out), and their price.
 
     Args:
