@@ -137,8 +137,8 @@ def test_pictures_show_one_box_per_object_and_files_all() -> None:
         [300, 300, 350, 350],
     ]
     found = detections(*boxes)
-    found.scores, found.labels = torch.tensor([0.5, 0.9, 0.8, 0.6, 0.31]), torch.tensor([0, 1, 1, 2, 0])
-    assert visible(found, 0.3).boxes.tolist() == [
+    found.scores, found.labels = torch.tensor([0.5, 0.9, 0.8, 0.6, 0.41]), torch.tensor([0, 1, 1, 2, 0])
+    assert visible(found, 0.4).boxes.tolist() == [
         boxes[1],
         boxes[3],
         boxes[4],
