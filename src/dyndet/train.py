@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dyndet.checkpoints.read import check_resumable, resume_path
-from dyndet.checkpoints.start_from import start_from
+from dyndet.checkpoints.start_from import start_from, train_random_layers
 from dyndet.checkup.examination import check_before_training
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
@@ -35,6 +35,8 @@ def train(config: DictConfig) -> dict[str, float]:
     seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = resume_path(config)
     keep_ends(config)
+    if text := train_random_layers(config):
+        rank_zero_info(text)
     data = build(config.data.module)
     data.setup("fit")  # first: wrong paths show before anything slow, and the model gets the classes of the data
     if "num_classes" in config.data:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dyndet import build_detector
-from dyndet.checkpoints.start_from import start_from
+from dyndet.checkpoints.read import read_checkpoint
+from dyndet.checkpoints.start_from import start_from, train_random_layers
 from dyndet.cli.compose import compose_experiment
 from dyndet.errors import UserError
 from dyndet.structures import Category
@@ -67,6 +68,22 @@ def test_a_run_starts_from_the_weights_of_another_data_set(stopped: Path, tmp_pa
     ours = content(tmp_path)["state_dict"]
     assert all(torch.equal(ours[name], value) for name, value in content(stopped)["state_dict"].items()
                if "running" not in name and "num_batches" not in name)  # fmt: skip
+
+
+def test_random_layers_are_not_frozen(stopped: Path, tmp_path: Path) -> None:
+    run(tmp_path / "scratch", "backbone.frozen_stages=1", "trainer.max_steps=1")
+    scratch = read_checkpoint(tmp_path / "scratch" / "checkpoints" / "last.ckpt")
+    assert scratch.config.backbone.frozen_stages == -1
+    init = stopped / "checkpoints" / "last.ckpt"
+    for more, left in ((["init=x"], 1), (["backbone.weights=a.pth"], 1), ([], -1)):
+        config = compose_experiment("shapes_dyn", ["backbone.frozen_stages=1", *more])
+        message = train_random_layers(config)
+        assert config.backbone.frozen_stages == left
+        assert ("all of it trains" in message) == (left == -1)
+    run(tmp_path / "given", f"init={init}", "backbone.frozen_stages=1", "trainer.max_steps=1")
+    before, after = content(stopped)["state_dict"], content(tmp_path / "given")["state_dict"]
+    stem = [name for name in after if name.startswith("detector.backbone.body.conv1") and name.endswith("weight")]
+    assert stem and all(torch.equal(before[name], after[name]) for name in stem)
 
 
 def test_other_classes_of_the_same_number_start_anew(stopped: Path) -> None:

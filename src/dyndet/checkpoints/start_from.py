@@ -18,6 +18,18 @@ from dyndet.errors import UserError
 from dyndet.structures import Category
 
 
+def train_random_layers(config: DictConfig) -> str:
+    """Freezes nothing of a backbone that starts random, in place, and says so; empty where weights are given.
+
+    `backbone.frozen_stages` is for layers that know something: random ones would stay random.
+    """
+    backbone = config.get("backbone") or {}
+    if config.init is not None or str(backbone.get("weights")) != "none" or backbone.get("frozen_stages", -1) < 0:
+        return ""
+    backbone.frozen_stages = -1
+    return "backbone.weights=none: the backbone starts random, so all of it trains (backbone.frozen_stages=-1)"
+
+
 def start_from(
     detector: nn.Module, path: str | Path, config: DictConfig, categories: Sequence[Category] | None = None
 ) -> str:
