@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dyndet.checkup.finding import Finding, first_few, many
+from dyndet.checkup.finding import Finding, Place, first_few, many
 from dyndet.checkup.split import Split
 from dyndet.data.images import Header, read_header
 from dyndet.errors import DataError
@@ -83,7 +83,7 @@ def unreadable(looks: Sequence[Look]) -> list[Finding]:
     bad = [look for look in looks if look.problem]
     if not bad:
         return []
-    places = [look.split.at_image(look.index, look.problem) for look in bad]
+    places = [Place(look.split.name, look.index, look.problem) for look in bad]
     text = f"{len(bad)} of {len(looks)} images cannot be read"
     advice = "replace them, or take them out of the labels: one of them ends a training"
     return [Finding("unreadable images", "error", text, len(bad), advice, first_few(places))]
