@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dyndet.checkpoints.read import read_checkpoint
@@ -23,10 +23,10 @@ def train_random_layers(config: DictConfig) -> str:
 
     `backbone.frozen_stages` is for layers that know something: random ones would stay random.
     """
-    backbone = config.get("backbone") or {}
-    if config.init is not None or str(backbone.get("weights")) != "none" or backbone.get("frozen_stages", -1) < 0:
+    weights, stages = (OmegaConf.select(config, f"backbone.{key}") for key in ("weights", "frozen_stages"))
+    if config.init is not None or str(weights) != "none" or stages is None or stages < 0:
         return ""
-    backbone.frozen_stages = -1
+    config.backbone.frozen_stages = -1
     return "backbone.weights=none: the backbone starts random, so all of it trains (backbone.frozen_stages=-1)"
 
 
