@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dyndet.data.box_sizes import (
+    NEARLY,
     SCALES,
     SHARES,
     anchor_scale,
@@ -57,7 +58,7 @@ def test_ranges_that_are_plain_to_see(sizes: list[float], strides: tuple[int, ..
 
 
 @pytest.mark.parametrize(("side", "per_octave", "ratios", "expected"), [
-    (40.0, 1, [1.0], 5.0), (24.0, 1, [1.0], 3.0), (48.0, 1, [0.5, 1, 2], 6.0), (16 * 2 ** (1 / 3), 3, [1.0], 2.0),
+    (40.0, 1, [1.0], 5.0), (24.0, 1, [1.0], 3.0), (48.0, 1, [0.5, 1, 2], 6.0), (40 * 2 ** (1 / 3), 3, [1.0], 5.0),
 ])  # fmt: skip
 def test_anchors_that_fit_exactly_are_chosen(
     side: float, per_octave: int, ratios: list[float], expected: float
@@ -68,7 +69,7 @@ def test_anchors_that_fit_exactly_are_chosen(
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.floats(4, 300), st.floats(4, 300)), min_size=1, max_size=20))
-def test_no_other_scale_fits_better(sides: list[tuple[float, float]]) -> None:
+def test_no_larger_scale_fits_nearly_as_well(sides: list[tuple[float, float]]) -> None:
     def iou(box: tuple[float, float], anchor: tuple[float, float]) -> float:
         common = min(box[0], anchor[0]) * min(box[1], anchor[1])
         return common / (box[0] * box[1] + anchor[0] * anchor[1] - common)
@@ -78,7 +79,9 @@ def test_no_other_scale_fits_better(sides: list[tuple[float, float]]) -> None:
         return sum(max(iou(box, anchor) for anchor in anchors) for box in sides) / len(sides)
 
     chosen = anchor_scale(torch.tensor(sides), STRIDES, per_octave=1, ratios=[0.5, 1, 2])
-    assert fit(chosen) == pytest.approx(max(map(fit, SCALES)), abs=1e-5)
+    enough = max(map(fit, SCALES)) - NEARLY
+    assert fit(chosen) >= enough - 1e-5
+    assert all(fit(scale) < enough + 1e-5 for scale in SCALES if scale > chosen)
 
 
 def test_scales_without_objects_are_the_published_ones() -> None:
