@@ -109,8 +109,10 @@ def test_files_beside_and_missing(tmp_path: Path) -> None:
     labels.mkdir(parents=True)
     for name in ("0.txt", "1.txt", "gone.txt", "classes.txt"):
         (labels / name).touch()
+    (tmp_path / "images" / "train" / "2.HEIC").touch()
     assert by_check(check_folders([train])) == {
         ("images in no split", "note"): 1,
+        ("images that are not read", "warning"): 1,
         ("labels without an image", "warning"): 1,
     }
     assert missing_files([train]) == []

@@ -110,6 +110,17 @@ def test_words_that_set_nothing_are_told() -> None:
             check_words(line)
 
 
+def test_keys_with_dashes_are_told_from_flags() -> None:
+    for line, meant in (
+        (["--experiment=finetune"], r"\+experiment=finetune"),
+        (["--data.root=a", "x=1"], r"data\.root=a"),
+        (["--ckpt_path", "last"], "ckpt_path=last"),
+        (["--seed"], "seed=VALUE"),
+    ):
+        with pytest.raises(UserError, match=f"keys have no dashes; write {meant}$"):
+            check_words(line)
+
+
 def test_flags_may_stand_anywhere() -> None:
     line = ["a=1", "-m", "--config-dir", "x=y", "~b", "--cfg", "job", "c=2", "--config-dir=z=1"]
     assert flags_and_overrides(line) == (

@@ -265,6 +265,28 @@ def test_all_boxes_in_shares_of_the_image_are_refused(tmp_path: Path) -> None:
     assert dataset.repairs.dropped == 0
 
 
+def test_corners_in_place_of_width_and_height_are_refused(tmp_path: Path) -> None:
+    def cornered(content: dict[str, Any]) -> None:
+        boxes = [[1, 2, 30, 39], [20, 10, 59, 39], [30, 20, 50, 38], [40, 5, 58, 30], [2, 3, 20, 20]]
+        entry = content["annotations"][0]
+        content["annotations"] = [entry | {"id": i, "bbox": box, "area": 9} for i, box in enumerate(boxes, start=1)]
+
+    content = changed(cornered)
+    with pytest.raises(DataError, match=r"3 of 5 boxes leave their images, and none would as \[x1, y1, x2, y2\]"):
+        CocoDataset(write(tmp_path, content), tmp_path)
+    content["annotations"][4]["bbox"] = [20, 20, 10, 10]  # which no corners could be
+    assert CocoDataset(write(tmp_path, content), tmp_path).repairs.counts["clipped"] == 4
+
+
+def test_sizes_may_be_those_of_the_images_and_classes_one_name(tmp_path: Path) -> None:
+    content = changed(lambda c: [item.pop(key) for item in c["images"] for key in ("height", "width")])
+    whole = CocoDataset(write(tmp_path, changed(lambda c: None)), tmp_path)
+    dataset = CocoDataset(write(tmp_path, content), tmp_path)
+    assert dataset.sizes == whole.sizes
+    name = whole.categories[0].name
+    assert [item.name for item in CocoDataset(write(tmp_path, content), tmp_path, classes=name).categories] == [name]
+
+
 def test_masks_need_segmentations(tmp_path: Path) -> None:
     file = write(tmp_path, changed(lambda c: c["annotations"][1].pop("segmentation")))
     assert CocoDataset(file, tmp_path)[1].target.masks is None

@@ -376,6 +376,31 @@ def test_devices_and_pipes_are_not_read(tmp_path: Path) -> None:
         DataFolder(tmp_path).read("train")
 
 
+@pytest.mark.parametrize(("text", "words"), [
+    ("names: {0: cat, 1: dog\ntrain: images\nval: images\n", r"data\.yaml is not valid yaml \(line \d"),
+    ('names: [cat]\ntrain: "C:\\Users\\me\\images"\n', r"line 2: .*write \\ as / in paths"),
+])  # fmt: skip
+def test_a_broken_yaml_is_said_and_never_passed_over(tmp_path: Path, text: str, words: str) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (40, 30)).save(tmp_path / "images" / f"{name}.jpg")
+        (tmp_path / "labels" / f"{name}.TXT").write_text("0 0.5 0.5 0.2 0.2\n")
+    assert len(DataFolder(tmp_path).read("train")[0].target.boxes) == 1  # without a yaml, of label files in capitals
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=words):
+        DataFolder(tmp_path).read("train")
+
+
+def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
+    (tmp_path / "set.zip").touch()
+    with pytest.raises(DataError, match=r"1 \.zip in 1 folders\): unpack the \.zip, or give"):
+        DataFolder(tmp_path).read("train")
+    (tmp_path / "a.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(DataError, match=r'a\.json lacks "categories"\. Give a COCO json'):
+        DataFolder(tmp_path).read("train")
+
+
 def test_a_user_that_is_none_is_said() -> None:
     with pytest.raises(UserError, match="no such user's folder"):
         DataFolder("~nobody-of-this-name/data")

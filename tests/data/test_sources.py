@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_nothing_is_named(tmp_path: Path) -> None:
         find_sources("~nobody-of-this-name/photos")
     with pytest.raises(UserError, match="no text file with a path per line"):
         find_sources(str(tmp_path / "broken.txt"))
+
+
+def test_formats_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.HEIC", "b/c.avif", "b/d.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    text = r"3 files of formats that are not read \(\.avif, \.heic\): convert them to JPEG"
+    with pytest.raises(UserError, match=f"no images there; {text}"):
+        find_sources(str(tmp_path))
+    (tmp_path / "e.jpg").touch()
+    assert [source.name for source in find_sources(str(tmp_path))] == ["e"]
+    assert re.search(text, caplog.text)
 
 
 PARTS = st.sampled_from(["a", "A", "b", "a_jpg"])

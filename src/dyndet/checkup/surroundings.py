@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dyndet.checkup.finding import Finding, Place, first_few, many
 from dyndet.checkup.split import Split
-from dyndet.data.images import SUFFIXES, image_size
+from dyndet.data.images import SUFFIXES, UNREAD, image_size
 from dyndet.errors import DataError
 
 MOST_FAULTS = 50
@@ -36,6 +36,18 @@ def check_folders(splits: Sequence[Split]) -> list[Finding]:
                 len(unused),
                 "fine if they are set apart; otherwise their labels are missing",
                 first_few([Place("", None, str(path)) for path in unused]),
+            )
+        )
+    others = [path for folder in sorted(folders) for path in _listed(folder) if path.suffix.lower() in UNREAD]
+    if others:
+        findings.append(
+            Finding(
+                "images that are not read",
+                "warning",
+                f"{many(len(others), 'image')} of formats that are not read",
+                len(others),
+                "convert them to JPEG: they are left out",
+                first_few([Place("", None, str(path)) for path in others]),
             )
         )
     lonely = [path for folder in sorted(folders) for path in _lonely(folder)]

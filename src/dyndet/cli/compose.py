@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -38,7 +38,10 @@ def compose_experiment(experiment: str | None = None, overrides: Sequence[str] =
     Raises:
         UserError: on an unknown experiment or key.
     """
-    config = compose_command("train", [*([] if experiment is None else [f"+experiment={experiment}"]), *overrides])
+    if isinstance(overrides, Mapping):
+        raise UserError(f'overrides={dict(overrides)}: give a list, ["KEY=VALUE", ...]')
+    chosen = [] if experiment is None else [f"+experiment={experiment.removeprefix('+experiment=')}"]
+    config = compose_command("train", [*chosen, *([overrides] if isinstance(overrides, str) else overrides)])
     data = config.data
     if "num_classes" in data and not OmegaConf.is_missing(data, "num_classes") and data.num_classes is None:
         data.num_classes = data.get("usual_classes")

@@ -25,6 +25,12 @@ _WITH_VALUE = (
     "--experimental-rerun",
 )  # fmt: skip
 
+_FLAGS = {
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
+}  # fmt: skip
+"""Of Hydra, which would take any that starts alike for one of them."""
+
 
 def quote(text: str) -> str:
     """Text in the quotes that make Hydra take it as it is."""
@@ -53,6 +59,11 @@ def check_words(arguments: Sequence[str]) -> None:
     Raises:
         UserError: naming the first that is not.
     """
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        key, sign, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and f"--{key}" not in _FLAGS:
+            meant = f"{'+' * (key == 'experiment')}{key}={value if sign else after or 'VALUE'}"
+            raise UserError(f"there is no flag --{key}: keys have no dashes; write {meant}")
     for before, argument in zip(["", *arguments], arguments, strict=False):
         is_value = before in (*_WITH_VALUE, "--info", "-i")
         if not (argument.startswith(("-", "~")) or is_value or "=" in argument):

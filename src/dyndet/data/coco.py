@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dyndet.data.faults import read_all
-from dyndet.data.images import find_inside
+from dyndet.data.images import find_inside, read_header
 from dyndet.data.masks import Segmentation
 from dyndet.data.numbers import Entry, number, text, whole
 from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
@@ -21,9 +21,9 @@ from dyndet.structures import Category, Truth
 class CocoDataset(FileDataset):
     """Images with a COCO json. Category and image ids may have gaps and come back unchanged.
 
-    Numbers may be written as texts (`iscrowd: "0"`) or floats (`3.0`). File names may be those of Windows or macOS
-    (`find_inside`). Of a Roboflow export the placeholder that stands for all classes is left out: category 0 without
-    annotations, the supercategory of the others.
+    Sizes that the json does not tell are those of the images. Numbers may be written as texts (`iscrowd: "0"`) or
+    floats (`3.0`). File names may be those of Windows or macOS (`find_inside`). Of a Roboflow export the placeholder
+    that stands for all classes is left out: category 0 without annotations, the supercategory of the others.
 
     Args:
         annotations: the json file.
@@ -49,6 +49,7 @@ class CocoDataset(FileDataset):
         content: Entry | None = None,
     ) -> None:
         file, folder = Path(annotations), Path(images)
+        classes = [classes] if isinstance(classes, str) else classes
         content = load_coco(file) if content is None else content
         if not folder.is_dir():
             raise MissingDataError(
@@ -168,7 +169,9 @@ def _record(
         path = find_inside(folder, text(image, "file_name", where))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    size = (whole(image, "height", where), whole(image, "width", where))
+    sized = any(image.get(key) is not None for key in ("height", "width"))
+    header = None if sized else read_header(path)
+    size = (whole(image, "height", where), whole(image, "width", where)) if header is None else header.upright
     if min(size) < 1:
         raise DataError(f"{where} has a height or width below 1: correct the sizes")
 
@@ -193,6 +196,8 @@ def _record(
         segmentations=parts,
         annotation_ids=np.array([entry["id"] for entry in entries], np.int64),
         truth=Truth(boxes, classes, crowd, areas, parts),
+        header=header,
+        sized=sized,
     )
     return record.repaired(repairs, lambda index: f"annotation {entries[index]['id']}")
 

@@ -33,6 +33,11 @@ MAX_PIXELS = 64_000_000
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 """Of files that count as images when a folder is listed."""
 
+UNREAD = frozenset(
+    {".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr"}
+)
+"""Of files that are images, too, but are not read: said where they lie among others."""
+
 # Pillow knows many more, some of which start other programs (EPS) or are rarely tested.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 

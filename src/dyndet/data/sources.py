@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections import Counter
@@ -14,10 +15,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from dyndet.data.images import SUFFIXES
+from dyndet.data.images import SUFFIXES, UNREAD
 from dyndet.data.user_paths import user_path
 from dyndet.errors import UserError
 from dyndet.structures import Sample, Target
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,11 +64,14 @@ def find_sources(given: str | int | Sequence[str | int], *, leave_out: str | Pat
         return [Source(str(cameras[0]), "camera", f"camera_{cameras[0]}")]
     skip = None if leave_out is None else os.path.realpath(leave_out)
     paths = list(dict.fromkeys(path for item in items for path in _paths(str(item), skip, named=len(items) > 1)))
+    unread = Counter(suffix for item in items for suffix in _unread(str(item)))
+    left = f"{unread.total()} files of formats that are not read ({', '.join(sorted(unread))}): convert them to JPEG"
     if not paths:
         text = given if isinstance(given, str) else f"[{','.join(map(str, items))}]"
-        raise UserError(
-            f"source={text}: no images there; give an image, a folder, a quoted glob, a text file of paths, or a video"
-        )
+        advice = "give an image, a folder, a quoted glob, a text file of paths, or a video"
+        raise UserError(f"source={text}: no images there; {left if unread else advice}")
+    if unread:
+        logger.warning("left out: %s", left)
     return [
         Source(str(path), "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image", name)
         for path, name in zip(paths, _names(paths), strict=True)
@@ -111,6 +117,14 @@ def _in_folder(folder: Path, skip: str | None) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(place, name) for name in files if _suffix(name) in SUFFIXES | VIDEO_SUFFIXES]
     return sorted(found)
+
+
+def _unread(item: str) -> list[str]:
+    """Suffixes of images in a folder that are left out."""
+    folder = user_path(item)
+    if not folder.is_dir():
+        return []
+    return [suffix for _, _, names in os.walk(folder) for name in names if (suffix := _suffix(name)) in UNREAD]
 
 
 def _suffix(name: str) -> str:

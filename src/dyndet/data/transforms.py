@@ -61,7 +61,9 @@ class ResizeShortestEdge:
         self.short = (short,) if isinstance(short, int) else tuple(int(side) for side in short)
         self.max_size = max_size
         if not self.short or min(*self.short, max_size) < 1:
-            raise UserError(f"short ({short}) and max_size ({max_size}) must be sizes of at least 1 pixel")
+            raise UserError(
+                f"short ({short}) and max_size ({max_size}), which data.size sets, must be at least 1 pixel"
+            )
 
     def __call__(self, sample: Sample, generator: Generator) -> Sample:
         pick = int(torch.randint(len(self.short), (), generator=generator)) if len(self.short) > 1 else 0

@@ -17,6 +17,9 @@ _CORNER = 1.5
 _FAR = 2
 """Boxes that leave their image belong to an object that is at least partly seen; no object is twice as far."""
 
+_LEAVING = 0.3
+"""Share of boxes that leave their image by its right or lower border: of objects that are cut off it is smaller."""
+
 
 class Annotated(Protocol):
     """What of a `Record` is looked at."""
@@ -36,7 +39,8 @@ def check_units(records: Sequence[Annotated], source: str | Path) -> None:
 
     Raises:
         DataError: if all boxes are about as small as a pixel and lie in the top left corner, or, where annotations are
-            relative to the size of the image, all end far outside.
+            relative to the size of the image, all end far outside; or if many leave their image, but would all lie in
+            it with corners for width and height.
     """
     boxes = [(record.truth.boxes, record) for record in records if record.truth is not None and len(record.truth.boxes)]
     if not boxes:
@@ -52,6 +56,12 @@ def check_units(records: Sequence[Annotated], source: str | Path) -> None:
             f"{source}: all {count} boxes lie far outside of their images, so they look like pixels where 0..1 is "
             "expected: divide x and width by the width of their image, y and height by its height"
         )
+    leaving = sum(int(_leaves(some, record.size).sum()) for some, record in boxes)
+    if count >= 5 and leaving > _LEAVING * count and all(_are_corners(some, record.size) for some, record in boxes):
+        raise DataError(
+            f"{source}: {leaving} of {count} boxes leave their images, and none would as [x1, y1, x2, y2]: write "
+            "[x, y, width, height], with x2 - x1 and y2 - y1"
+        )
 
 
 def _in_corner(boxes: np.ndarray) -> bool:
@@ -62,3 +72,14 @@ def _in_corner(boxes: np.ndarray) -> bool:
 def _far_outside(boxes: np.ndarray, size: Size) -> bool:
     ends = np.abs(boxes[:, :2] + boxes[:, 2:]) / (size[1], size[0])
     return bool((ends > _FAR).any(1).all())
+
+
+def _leaves(boxes: np.ndarray, size: Size) -> np.ndarray:
+    ends = boxes[:, :2] + boxes[:, 2:]
+    return (ends[:, 0] > size[1] + 1) | (ends[:, 1] > size[0] + 1)
+
+
+def _are_corners(boxes: np.ndarray, size: Size) -> bool:
+    """Whether x, y, width, height would be good boxes as x1, y1, x2, y2."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return bool((high > low).all() and (low >= -1).all() and (high <= np.array([size[1], size[0]]) + 1).all())

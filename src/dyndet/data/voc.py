@@ -59,7 +59,7 @@ class VocDataset(FileDataset):
         source, members = folder.members(split)
         pages = folder.pages
         found = sorted({item.name for page in pages.values() for item in page.objects})
-        names = found if classes is None else list(classes)
+        names = found if classes is None else [classes] if isinstance(classes, str) else list(classes)
         absent = [name for name in names if name not in found]
         if absent:
             logger.warning("%s: classes that no annotation has: %s (it has %s)", folder.root, absent, found)

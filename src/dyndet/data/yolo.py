@@ -83,16 +83,18 @@ def label_files(images: Sequence[Path], bases: Sequence[Path], notes: list[str])
     stems: dict[Path, set[str]] = {}
     for image in images:
         stems.setdefault(image.parent, set()).add(image.stem)
-    home: dict[Path, tuple[Path, set[str]]] = {}
+    home: dict[Path, tuple[Path, dict[str, Path]]] = {}
     for folder, names in stems.items():
         found = [(twin, _texts(twin)) for twin in [*twins(folder, bases), folder]]
         home[folder] = next(
-            ((twin, texts) for twin, texts in found if names & texts and not _shared(twin, folder, names)), found[0]
+            ((twin, texts) for twin, texts in found if names & texts.keys() and not _shared(twin, folder, names)),
+            found[0],
         )
         if home[folder][0] == folder and twins(folder, bases):
             note = f"labels of {folder} lie beside the images"
             notes += [] if note in notes else [note]
-    return [(home[image.parent][0] / f"{image.stem}.txt", image.stem in home[image.parent][1]) for image in images]
+    found = [(image.stem, *home[image.parent]) for image in images]
+    return [(texts.get(stem, folder / f"{stem}.txt"), stem in texts) for stem, folder, texts in found]
 
 
 def _shared(twin: Path, folder: Path, names: set[str]) -> bool:
@@ -117,8 +119,8 @@ def twins(folder: Path, bases: Sequence[Path]) -> list[Path]:
     return [*found, *flat]
 
 
-def _texts(folder: Path) -> set[str]:
-    return {file.stem for file in folder.glob("*.txt")}
+def _texts(folder: Path) -> dict[str, Path]:
+    return {file.stem: file for file in folder.glob("*.[tT][xX][tT]")}
 
 
 def _record(
@@ -143,7 +145,11 @@ def _record(
         where = f"{file} line {number}"
         id, points = _parse(line, where, keypoints)
         if id not in labels:
-            raise DataError(f"{where} has class {id}, which the configuration does not name: correct one of them")
+            named = ", ".join(map(str, list(labels)[:8])) + (", ..." if len(labels) > 8 else "")
+            raise DataError(
+                f"{where} has class {id}, which the configuration does not name (it names {named}; classes usually "
+                "count from 0): correct one of them"
+            )
         if load_masks and len(points) == 2:
             raise DataError(f"{where} is a box without a polygon: {WITHOUT_MASKS}")
         with np.errstate(all="ignore"):

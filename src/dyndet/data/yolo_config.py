@@ -238,10 +238,18 @@ def _load(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise MissingDataError(f"{file} cannot be read ({error.strerror}): check the path") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not valid yaml ({error}): correct it") from error
+        raise DataError(f"{file} is not valid yaml ({_fault(error)}): correct it") from error
     if not isinstance(content, dict):
         raise DataError(f"{file} is not a YOLO configuration: it needs names and the splits")
     return content
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a yaml, and where, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    backslash = "; write \\ as / in paths" if "escape" in str(error.problem) else ""
+    return f"line {error.problem_mark.line + 1}: {error.problem}{backslash}"
 
 
 def _entries(content: dict[str, Any]) -> dict[str, list[str]]:

@@ -83,13 +83,23 @@ def _one(candidates: list[Path], split: str, tree: Tree | None) -> Path:
     return best[0]
 
 
+def lacks(file: Path) -> str:
+    """What a json that is nearly one of COCO does not have; empty where it is none, or lacks nothing."""
+    missing = [key.decode() for key in _KEYS if key not in _keys(file)]
+    return f"{file.name} lacks {' and '.join(missing)}" if 0 < len(missing) < len(_KEYS) else ""
+
+
 def _is_coco(file: Path) -> bool:
-    """Whether its keys occur, without parsing it: usually the first bytes say so."""
+    return len(_keys(file)) == len(_KEYS)
+
+
+def _keys(file: Path) -> list[bytes]:
+    """Which of COCO's keys occur, without parsing: usually the first bytes say so."""
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return all(content.find(key) >= 0 for key in _KEYS)
+            return [key for key in _KEYS if content.find(key) >= 0]
     except (OSError, ValueError):  # empty, say
-        return False
+        return []
 
 
 def _read(file: Path, split: str, tree: Tree | None, wanted: Wanted, notes: list[str], **options: Any) -> FileDataset:

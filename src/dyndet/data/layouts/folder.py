@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from dyndet.data.layouts.coco_layout import recognise_coco
+from dyndet.data.layouts.coco_layout import lacks, recognise_coco
 from dyndet.data.layouts.found import ALL, SPLIT_WORDS, Found, Wanted, listed
 from dyndet.data.layouts.holdout import held_out
 from dyndet.data.layouts.tree import Tree
@@ -78,7 +78,7 @@ class DataFolder:
             config=yaml,
             annotations={split: self._below(file) for split, file in annotations.items() if file is not None},
             images={split: self._below(file) for split, file in images.items() if file is not None},
-            classes=None if classes is None else list(classes),
+            classes=[classes] if isinstance(classes, str) else None if classes is None else list(classes),
             rooted=folder is not None,
         )
         self._pool: FileDataset | None = None
@@ -223,7 +223,9 @@ class DataFolder:
         kinds = {suffix: len(tree.files(suffix)) for suffix in (".json", ".xml", ".txt", ".yaml", ".zip")}
         has = ", ".join([f"{images} images", *(f"{count} {suffix}" for suffix, count in kinds.items() if count)])
         place = f"{has} in {len(tree.folders)} folders"
-        return f"{tree.root} holds no annotations that were recognised ({place}): give {looked}"
+        lacking = "; ".join(text for file in tree.files(".json")[:3] if (text := lacks(file)))
+        why = f"{lacking}. Give" if lacking else "unpack the .zip, or give" if kinds[".zip"] and not images else "give"
+        return f"{tree.root} holds no annotations that were recognised ({place}): {why} {looked}"
 
 
 def read_part(

@@ -23,6 +23,7 @@ _NAME_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels", "
 _NO_LABELS = frozenset({"classes", "labels", "notes", "predefined_classes", *SPLIT_WORDS})
 _LABEL = re.compile(r"\s*\d+(\.0*)?(\s+[-+.\deE]+){4,}\s*")
 _LARGEST = 1_000_000
+_SPLIT_LINE = re.compile(rf"^\s*({'|'.join(SPLIT_WORDS)})\s*:", re.MULTILINE)
 
 
 def recognise_yolo(tree: Tree | None, wanted: Wanted) -> Found | None:
@@ -81,9 +82,12 @@ def _describes(file: Path) -> bool:
         text = read_text(file)
         if file.suffix.lower() == ".data":
             return bool(re.search(r"^\s*train\s*=", text, re.MULTILINE))
-        content = load_yaml(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    except (OSError, ValueError):
         return False
+    try:
+        content = load_yaml(text)
+    except (ValueError, yaml.YAMLError, RecursionError):  # what is wrong with it is said when it is read
+        return bool(re.search(r"^\s*(names|nc)\s*:", text, re.MULTILINE) and _SPLIT_LINE.search(text))
     return isinstance(content, dict) and bool({"names", "nc"} & set(content)) and bool({*SPLIT_WORDS} & set(content))
 
 
