@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from dyndet.api import detector_from
+from dyndet.checkpoints.changes import check_classes
 from dyndet.checkpoints.read import read_checkpoint
 from dyndet.cli.command import run
 from dyndet.cli.compose import build, fill
@@ -44,8 +45,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         saved.config.data.module.num_classes = None  # other categories are named below
     data = build(saved.config.data.module)
     data.setup("validate")
-    if data.categories != saved.categories:
-        raise UserError(f"{config.ckpt} was trained on other categories than those of the data: {saved.categories}")
+    check_classes(config.ckpt, saved.categories, data.categories)
     detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse)
     head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
     if config.timing and not isinstance(head, TwinnedHead):

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from commands import forked
+from dyndet.checkpoints.changes import check_classes
+from dyndet.errors import UserError
+from dyndet.structures import Category
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 import layout_cases as cases
@@ -36,3 +39,18 @@ def test_a_folder_is_trained_on_with_one_key_and_its_checkpoint_knows_its_classe
     cases.yolo_nameless(tmp_path / "other")
     other = forked(tmp_path, "evaluate", f"ckpt={file}", "data.root=other")
     assert other.returncode == 2 and "trained on other categories" in other.stderr
+    chosen = forked(tmp_path, "evaluate", f"ckpt={file}", "data=yolo")
+    assert (
+        chosen.returncode == 2 and "here it comes with the checkpoint, and data.KEY=VALUE changes it" in chosen.stderr
+    )
+
+
+def test_a_detector_is_evaluated_on_classes_of_the_same_names() -> None:
+    learned = [Category(1, "cat"), Category(2, "dog")]
+    check_classes("a.ckpt", learned, [Category(0, "cat"), Category(7, "dog")])  # ids are those of a file
+    for now, words in (
+        ([Category(1, "dog"), Category(2, "cat")], r"label 0 was 'cat' \(id 1\) and is 'dog' \(id 1\)"),
+        ([Category(1, "cat")], r"there were 2 and are 1.*data\.classes=\[cat,dog\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_classes("a.ckpt", learned, now)

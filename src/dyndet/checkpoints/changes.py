@@ -32,19 +32,38 @@ def check_categories(path: str, saved: Sequence[Category], now: Sequence[Categor
     Raises:
         UserError: naming the first difference.
     """
-    if list(saved) == list(now):
-        return
-    pairs = enumerate(zip(saved, now, strict=False))
-    where = next(((label, a, b) for label, (a, b) in pairs if a != b), None)
-    if where is None:
-        what = f"there were {len(saved)} and are {len(now)}"
-    else:
-        label, then, present = where
-        what = f"label {label} was {then.name!r} (id {then.id}) and is {present.name!r} (id {present.id})"
-    raise UserError(
-        f"ckpt_path={path} was trained on other categories than the data has: {what}. Go on with the data of that run, "
-        f"or start a new one from its weights with init={path}"
-    )
+    if list(saved) != list(now):
+        raise UserError(
+            f"ckpt_path={path} was trained on other categories than the data has: {_difference(saved, now)}. Go on "
+            f"with the data of that run, or start a new one from its weights with init={path}"
+        )
+
+
+def check_classes(path: str, saved: Sequence[Category], now: Sequence[Category]) -> None:
+    """Whether a detector knows the classes of the data that it is evaluated on; their ids may be others.
+
+    Args:
+        path: the checkpoint, for messages.
+        saved: categories in it.
+        now: those of the data.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    names = [item.name for item in saved]
+    if names != [item.name for item in now]:
+        classes = f"[{','.join(names)}]" if len(names) <= _SHOWN else f"[{','.join(names[:_SHOWN])},...]"
+        raise UserError(
+            f"{path} was trained on other categories than those of the data: {_difference(saved, now)}. Give data with "
+            f"its classes in their order (COCO and VOC: +data.classes={classes})"
+        )
+
+
+def _difference(saved: Sequence[Category], now: Sequence[Category]) -> str:
+    for label, (then, present) in enumerate(zip(saved, now, strict=False)):
+        if then != present:
+            return f"label {label} was {then.name!r} (id {then.id}) and is {present.name!r} (id {present.id})"
+    return f"there were {len(saved)} and are {len(now)}"
 
 
 def check_changes(path: str, saved: Any, config: DictConfig) -> str:

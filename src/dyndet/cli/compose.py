@@ -176,6 +176,9 @@ def fill(config: DictConfig, changes: DictConfig, prefix: str) -> None:
         config[key] = value
 
 
+_PARTS = ("data", "preprocess", "backbone", "neck", "head", "predictor", "detector", "router")
+
+
 def explain(error: Exception, arguments: Sequence[str], command: str = "train") -> str:
     """One line: what in the arguments of `dyndet COMMAND` is wrong, and what was probably meant."""
     text = str(error)
@@ -197,6 +200,8 @@ def explain(error: Exception, arguments: Sequence[str], command: str = "train") 
         key = wrong.group(1)
         if now := replacement(key):
             return f"the key {key!r} is now {now!r}"
+        if key in _PARTS and command not in ("train", "doctor"):
+            return f"{key}= chooses for a training: here it comes with the checkpoint, and {key}.KEY=VALUE changes it"
         near = _nearest(key, _keys(command, arguments, key))
         return f"there is no key {key!r} to set.{near} (--cfg job prints all keys; +{key}=... adds one)"
     missing_value = re.search(r"Missing mandatory value: (\S+)", text)
