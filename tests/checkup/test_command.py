@@ -99,6 +99,6 @@ def test_every_broken_label_file_is_named(tmp_path: Path) -> None:
     done = forked(tmp_path, "doctor", "+experiment=finetune", "data.root=.", "out=found")
     assert done.returncode == 1
     (finding,) = json.loads((tmp_path / "found" / "doctor.json").read_text())
-    assert (finding["text"], finding["count"]) == ("labels cannot be read: 3 faults", 3)
+    assert (finding["text"], finding["count"]) == ("the data cannot be used: 3 faults", 3)
     for place, start in zip(finding["places"], ("a.txt line 1", "c.txt line 1 has class 7", "d.txt"), strict=True):
         assert start in place["where"]

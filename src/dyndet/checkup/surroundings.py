@@ -73,7 +73,7 @@ def unusable(error: DataError) -> Finding:
     places = tuple(Place("", None, fault) for fault in error.faults[:MOST_FAULTS])
     count = len(error.faults)
     shown = f", of which {MOST_FAULTS} are shown" if count > MOST_FAULTS else ""
-    return Finding("labels", "error", f"labels cannot be read: {count} faults{shown}", count, advice, places)
+    return Finding("labels", "error", f"the data cannot be used: {count} faults{shown}", count, advice, places)
 
 
 def unreadable_files(root: Path, most: int = 20_000) -> list[Finding]:

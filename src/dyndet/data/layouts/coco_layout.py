@@ -130,7 +130,8 @@ def _placed(content: dict[str, Any], file: Path, split: str, tree: Tree | None, 
         if not inside or _too_many(len(lost), len(names)):
             raise MissingDataError(
                 f"{file}: {len(lost)} of its {len(names)} images are missing, e.g. {(lost or names)[0]!r}, though "
-                f"others lie in {folder}: put them there, or give data=coco data.train_images=FOLDER (data.val_images)"
+                f"others lie in {folder}: put them there, or give data=coco data.train_images=FOLDER (data.val_images)",
+                tuple(f"{folder / name} does not exist" for name in lost),
             )
         notes.append(f"images of {split}: in several folders")
         for entry, name in zip(entries, names, strict=True):
