@@ -59,7 +59,7 @@ def check_words(arguments: Sequence[str]) -> None:
     Raises:
         UserError: naming the first that is not.
     """
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=False):
         key, sign, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and f"--{key}" not in _FLAGS:
             meant = f"{'+' * (key == 'experiment')}{key}={value if sign else after or 'VALUE'}"
