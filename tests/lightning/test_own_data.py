@@ -50,7 +50,8 @@ def test_a_detector_is_evaluated_on_classes_of_the_same_names() -> None:
     check_classes("a.ckpt", learned, [Category(0, "cat"), Category(7, "dog")])  # ids are those of a file
     for now, words in (
         ([Category(1, "dog"), Category(2, "cat")], r"label 0 was 'cat' \(id 1\) and is 'dog' \(id 1\)"),
-        ([Category(1, "cat")], r"there were 2 and are 1.*data\.classes=\[cat,dog\]"),
+        ([Category(0, "cat"), Category(1, "fox")], r"label 1 was 'dog' \(id 2\) and is 'fox' \(id 1\)"),  # not the ids
+        ([Category(0, "cat")], r"there were 2 and are 1.*data\.classes=\[cat,dog\]"),
     ):
         with pytest.raises(UserError, match=words):
             check_classes("a.ckpt", learned, now)

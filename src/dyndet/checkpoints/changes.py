@@ -60,7 +60,10 @@ def check_classes(path: str, saved: Sequence[Category], now: Sequence[Category])
 
 
 def _difference(saved: Sequence[Category], now: Sequence[Category]) -> str:
-    for label, (then, present) in enumerate(zip(saved, now, strict=False)):
+    """In words: another name before another number of classes, and that before another id."""
+    pairs = list(enumerate(zip(saved, now, strict=False)))
+    other_names = [pair for pair in pairs if pair[1][0].name != pair[1][1].name]
+    for label, (then, present) in other_names or (pairs if len(saved) == len(now) else []):
         if then != present:
             return f"label {label} was {then.name!r} (id {then.id}) and is {present.name!r} (id {present.id})"
     return f"there were {len(saved)} and are {len(now)}"
