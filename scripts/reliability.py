@@ -22,9 +22,12 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
+import faults
 from faults.row import Outcome, Row
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +37,8 @@ KEPT = ROOT / "outputs" / "reliability"
 
 def rows() -> list[Row]:
     """All, in the order of the page."""
-    found: list[Row] = []
+    modules = [import_module(f"faults.{found.name}") for found in iter_modules(faults.__path__)]
+    found = [row for module in modules for row in getattr(module, "ROWS", ())]
     return sorted(found, key=lambda row: _number(row.id))
 
 
@@ -147,7 +151,8 @@ def _machine() -> str:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores ({platform.machine()}, {platform.system()}), Python {platform.python_version()}, torch {torch.__version__}"
+    kind = f"{platform.machine()}, {platform.system()}"
+    return f"{cores} cores ({kind}), Python {platform.python_version()}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":
