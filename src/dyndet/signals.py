@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
 """Exit codes: 128 and the number of the signal; a warning that the time is up is what a termination is."""
 
 _OURS = [getattr(signal, name) for name in CODES if hasattr(signal, name)]
+_ENDING: set[int] = set()
 _FREE = (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -119,10 +121,26 @@ def forget() -> None:
 def leave_to_main_process(*_: object) -> None:
     """For processes that work for this one, such as those of a loader: signals to the whole group are not for them.
 
-    They end when the main process does.
+    The main process ends them, see `end_workers_at_exit`.
     """
     for number in _OURS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers_at_exit() -> None:
+    """Ends processes that `leave_to_main_process` when this one ends: asked to, as usual, they would not."""
+    if os.getpid() not in _ENDING:
+        _ENDING.add(os.getpid())
+        Finalize(None, end_workers, exitpriority=10)
+
+
+def end_workers() -> None:
+    """Ends all daemonic processes of this one, at once."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch calls the end of a loader's process an error
+    for child in active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
@@ -131,8 +149,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     _RECEIVED.name = _RECEIVED.name or name
     if again:
         _say("interrupted again: ended at once\n")
-        for child in active_children():
-            child.kill()
+        end_workers()
         os._exit(CODES[name])
     if not _RECEIVED.deferred:
         stop(name)

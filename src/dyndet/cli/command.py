@@ -11,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,8 +29,8 @@ from dyndet.cli.jobs import run_job
 from dyndet.cli.quoting import check_single, check_words, expand_home, flags_and_overrides, raw, read_paths
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
-from dyndet.errors import UserError
-from dyndet.signals import Interrupted, listening, received, stop
+from dyndet.errors import LostProcessError, UserError
+from dyndet.signals import Interrupted, end_workers, listening, received, stop
 
 _HARMLESS = (
     ".*does not have many workers.*",
@@ -104,6 +103,9 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         except Exception as error:  # here, because Hydra would announce it with a line of its own
             if (text := answer(error)) is None:
                 raise
+            if isinstance(error, LostProcessError):  # to close what is shared with it would wait for it
+                print(f"error: {text}", file=sys.stderr, flush=True)
+                os._exit(2)
             return _fail(text)
 
     try:
@@ -115,8 +117,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         if not interrupted.told:
             print(f"interrupted by {interrupted.name}", file=sys.stderr)
         _end_processes(ask=True)
-        for child in active_children():  # a loader's, which leave signals to this one
-            child.kill()
+        end_workers()
         raise
     except (HydraException, OmegaConfBaseException) as error:
         if verbose:

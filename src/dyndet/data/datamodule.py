@@ -22,7 +22,7 @@ from dyndet.data.usable import refuse_useless, warn_of_flat
 from dyndet.data.workers import loader_workers
 from dyndet.errors import DataError, MissingDataError, UserError
 from dyndet.inputs import checked_targets
-from dyndet.signals import leave_to_main_process
+from dyndet.signals import end_workers_at_exit, leave_to_main_process
 from dyndet.structures import Batch, Category, ImageBatch, Sample
 
 Source = DetectionDataset | Callable[..., DetectionDataset]
@@ -250,6 +250,7 @@ class DetectionDataModule(LightningDataModule):
         return self._splits[name]
 
     def _loader(self, dataset: KeyedDataset, **kwargs: Any) -> DataLoader[Sample]:
+        end_workers_at_exit()
         return DataLoader(
             dataset,
             collate_fn=self.collate,
