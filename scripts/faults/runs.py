@@ -32,7 +32,7 @@ _TOWER = ["head.num_convs=1", "head.norm_groups=4"]
 
 FAMILIES: dict[str, tuple[str, list[str]]] = {
     "fine-grained": ("shapes_dyn", [*_SMALL, *_HEAD]),
-    "fine-grained, averaged": ("shapes_dyn", [*_SMALL, *_HEAD, "callbacks=[default,ema]", *_SMALL[8:11]]),
+    "fine-grained, averaged": ("shapes_dyn", [*_SMALL, *_HEAD, "+callbacks.ema={_target_: dyndet.lightning.ema.EMA}"]),
     "fine-grained, accumulated": ("shapes_dyn", [*_SMALL, *_HEAD, "trainer.accumulate_grad_batches=3"]),
     "dyhead": ("shapes_dyn", [*_SMALL, "head=dyhead", "head.depth=1", "head.norm_groups=4"]),
     "cascade": ("shapes_dy_tiny", [*_SMALL, *_TOWER]),
@@ -119,9 +119,11 @@ class Disturb(Callback):
     """Does something, once, when a hook is called for the n-th time."""
 
     action: Callable[[], None] = staticmethod(lambda: None)
+    done = False
 
     def __init__(self, hook: str, call: int) -> None:
         self.hook, self.call, self.calls = hook, call, 0
+        type(self).done = False
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("on_") and name == object.__getattribute__(self, "hook"):
@@ -131,6 +133,7 @@ class Disturb(Callback):
     def _called(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self.calls += 1
         if self.calls == self.call:
+            type(self).done = True
             type(self).action()
 
 

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import active_children
 from multiprocessing.util import Finalize
 from types import FrameType
@@ -44,6 +44,7 @@ class _Received:
 
     Attributes:
         name: of the first signal.
+        all: names of those that came since.
         raised: whether `Interrupted` was raised for it.
         blocks: how many blocks are listening; the last one forgets what was received.
         deferred: how many blocks are running that signals must not break.
@@ -51,6 +52,7 @@ class _Received:
     """
 
     name: str | None = None
+    all: set[str] = field(default_factory=set)
     raised = False
     blocks = 0
     deferred = 0
@@ -116,6 +118,7 @@ def stop(name: str) -> NoReturn:
 def forget() -> None:
     """What was received is done with."""
     _RECEIVED.name, _RECEIVED.raised = None, False
+    _RECEIVED.all.clear()
 
 
 def leave_to_main_process(*_: object) -> None:
@@ -145,15 +148,17 @@ def end_workers() -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
-    again = name == "SIGINT" and _RECEIVED.name == name
+    again = name in _RECEIVED.all
+    _RECEIVED.all.add(name)
     _RECEIVED.name = _RECEIVED.name or name
-    if again:
+    if again and name == "SIGINT":
         _say("interrupted again: ended at once\n")
         end_workers()
         os._exit(CODES[name])
     if not _RECEIVED.deferred:
         stop(name)
-    _say(f"{name}: the step is finished and saved first{'; Ctrl-C again ends at once' if name == 'SIGINT' else ''}\n")
+    if not again:  # schedulers repeat theirs
+        _say(f"{name}: the step is finished and saved first{'; Ctrl-C again ends at once' * (name == 'SIGINT')}\n")
     forward, _RECEIVED.forward = _RECEIVED.forward, None
     if forward is not None:
         forward()

@@ -26,7 +26,15 @@ from dyndet.cli.compose import check_choices, config_source, explain
 from dyndet.cli.configured import about_a_value, check_ranges
 from dyndet.cli.folders import run_folder
 from dyndet.cli.jobs import run_job
-from dyndet.cli.quoting import check_single, check_words, expand_home, flags_and_overrides, raw, read_paths
+from dyndet.cli.quoting import (
+    added_or_set,
+    check_single,
+    check_words,
+    expand_home,
+    flags_and_overrides,
+    raw,
+    read_paths,
+)
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
 from dyndet.errors import LostProcessError, UserError
@@ -67,7 +75,9 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     flags, overrides = flags_and_overrides(sys.argv[1:])
-    sys.argv[1:], changed = read_paths([*overrides, *flags])  # --info would take an override for its value
+    sys.argv[1:], changed = read_paths(
+        [*map(added_or_set, overrides), *flags]
+    )  # --info would take an override for its value
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     # What the user wants: processes that join a run inherit both.
     verbose = os.environ.setdefault(_VERBOSE, os.environ.get("HYDRA_FULL_ERROR", "")) == "1"
