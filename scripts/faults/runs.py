@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -116,10 +116,10 @@ def start(family: str, root: Path) -> tuple[str, ...]:
 
 
 class Disturb(Callback):
-    """Does something, once, when a hook is called for the n-th time."""
+    """Does the last of `actions`, once, when a hook is called for the n-th time."""
 
-    action: Callable[[], None] = staticmethod(lambda: None)
-    done = False
+    done: ClassVar[bool] = False
+    actions: ClassVar[list[Callable[[], None]]] = []
 
     def __init__(self, hook: str, call: int) -> None:
         self.hook, self.call, self.calls = hook, call, 0
@@ -134,7 +134,7 @@ class Disturb(Callback):
         self.calls += 1
         if self.calls == self.call:
             type(self).done = True
-            type(self).action()
+            self.actions[-1]()
 
 
 def disturbed(hook: str, call: int) -> str:

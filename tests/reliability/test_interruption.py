@@ -102,7 +102,7 @@ def test_processes_of_a_loader_leave_signals_to_the_run(tmp_path: Path) -> None:
 
     def act() -> None:
         os.setpgid(0, 0)
-        runs.Disturb.action = staticmethod(lambda: os.killpg(0, signal.SIGINT))
+        runs.Disturb.actions.append(lambda: os.killpg(0, signal.SIGINT))
         runs.run("fine-grained", tmp_path, "data.num_workers=2", runs.disturbed("on_before_backward", 3))
 
     assert ends_with(act) == 130
@@ -116,7 +116,7 @@ def broken() -> None:
 @pytest.mark.slow
 def test_a_step_that_fails_is_rolled_back(tmp_path: Path) -> None:
     """Weights, running statistics and random state are those before it."""
-    runs.Disturb.action = staticmethod(broken)
+    runs.Disturb.actions.append(broken)
     with pytest.raises(KeyError):
         runs.run("fine-grained", tmp_path / "cut", runs.disturbed("on_after_backward", 6))
     runs.run("fine-grained", tmp_path / "cut", f"ckpt_path={tmp_path}/cut/checkpoints/last.ckpt")
