@@ -24,17 +24,17 @@ from dyndet.train import train
 
 _SMALL = [
     "data.size=64", "data.train_images=16", "data.val_images=4", "data.batch_size=4", "data.val_batch_size=2",
-    "trainer.accelerator=cpu", "trainer.max_epochs=3", "neck.channels=16", "~callbacks.progress",
+    "trainer.accelerator=cpu", "trainer.max_epochs=3", "~callbacks.progress",
     "~callbacks.preview", "~callbacks.density", "~callbacks.learning_rate", "logger=[]", "trainer.log_every_n_steps=1",
 ]  # fmt: skip
-_HEAD = ["head.depth=1", "head.norm_groups=4"]
-_TOWER = ["head.num_convs=1", "head.norm_groups=4"]
+_HEAD = ["neck.channels=16", "head.depth=1", "head.norm_groups=4"]
+_TOWER = ["neck.channels=16", "head.num_convs=1", "head.norm_groups=4"]
 
 FAMILIES: dict[str, tuple[str, list[str]]] = {
     "fine-grained": ("shapes_dyn", [*_SMALL, *_HEAD]),
     "fine-grained, averaged": ("shapes_dyn", [*_SMALL, *_HEAD, "+callbacks.ema={_target_: dyndet.lightning.ema.EMA}"]),
     "fine-grained, accumulated": ("shapes_dyn", [*_SMALL, *_HEAD, "trainer.accumulate_grad_batches=3"]),
-    "dyhead": ("shapes_dyn", [*_SMALL, "head=dyhead", "head.depth=1", "head.norm_groups=4"]),
+    "dyhead": ("shapes_dyn", [*_SMALL, "neck.channels=16", "head=dyhead", "head.num_blocks=1"]),
     "cascade": ("shapes_dy_tiny", [*_SMALL, *_TOWER]),
     "router": ("shapes_dy_tiny", [*_SMALL, *_TOWER, "+router=exact", "router.batch_size=4", "trainer.max_epochs=3"]),
     "yolo with mosaics": ("shapes_dy_yolo", _SMALL),
