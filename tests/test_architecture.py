@@ -21,7 +21,7 @@ LAYERS = [
     ("checkpoints",),
     ("lightning",),
     ("api",),
-    ("train", "evaluate", "predict", "calibrate", "convert", "doctor", "report.__main__", "__main__"),
+    ("train", "evaluate", "predict", "calibrate", "convert", "doctor", "replay", "report.__main__", "__main__"),
 ]
 MODULES = sorted(path for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

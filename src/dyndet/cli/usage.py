@@ -16,6 +16,7 @@ COMMANDS = {
     "report": "a table of runs, and a page of their curves, errors and pictures",
     "convert": "turns a checkpoint that another project released into one of dyndet",
     "doctor": "looks for what is wrong with a data set, before training finds out",
+    "replay": "runs a step again whose loss was no number, and shows where that arose",
 }
 """In the order in which one meets them."""
 
@@ -39,6 +40,7 @@ _EXAMPLES = {
         "dyndet convert source=released.pth out=converted.ckpt experiment=retinanet_r50",
     ],
     "doctor": ["dyndet doctor +experiment=finetune data=auto data.root=FOLDER"],
+    "replay": ["dyndet replay file=RUN/dump_step_000123.pt"],
 }
 
 _TRAIN = """\

@@ -61,6 +61,7 @@ class DetectionModule(LightningModule):
         self._resumed: dict[str, Any] | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Callbacks get the `terms` of the loss."""
         losses = self.detector.losses(batch.images, batch.targets)
         size = len(batch.targets)
         self.log("train/loss", losses.total.detach(), prog_bar=True, batch_size=size)
@@ -68,7 +69,7 @@ class DetectionModule(LightningModule):
         if losses.routing is not None:
             ratio = losses.routing.used_ratio().mean().float()
             self.log("train/head_ratio", ratio, prog_bar=True, batch_size=size)
-        return losses.total
+        return {"loss": losses.total, "terms": {name: value.detach() for name, value in losses.terms.items()}}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Updates the metrics; callbacks get the `detections` and the `routing` of the batch, which may be empty."""
@@ -113,7 +114,8 @@ class DetectionModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.build_optimizer is None:
             raise ValueError("this module was built without an optimizer: it can only validate")
-        optimizer = self.build_optimizer(self.detector)
+        optimizer: Any = self.build_optimizer(self.detector)
+        optimizer._step_supports_amp_scaling = False  # or Lightning clips no gradients of fused ones in mixed precision
         total_steps, scheduler = math.inf, None
         if self.build_schedule is not None:
             total_steps = self.trainer.estimated_stepping_batches

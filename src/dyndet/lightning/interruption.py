@@ -129,12 +129,13 @@ def how_to_go_on(last: Path) -> str:
     """The command that resumes a run, in the words of the one that started it."""
     arguments = [item for item in sys.argv[1:] if item.lstrip("+").partition("=")[0] != "ckpt_path"]
     if last.is_file():
-        command = shlex.join(["python", "-m", "dyndet.train", *arguments, f"ckpt_path={_near(last)}"])
-        return f"saved {_near(last)}. To go on:\n  {command}"
+        command = shlex.join(["python", "-m", "dyndet.train", *arguments, f"ckpt_path={near(last)}"])
+        return f"saved {near(last)}. To go on:\n  {command}"
     return f"no step was done, so start again:\n  {shlex.join(['python', '-m', 'dyndet.train', *arguments])}"
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
+    """A path as short as it can be written."""
     inside = path.resolve().is_relative_to(Path.cwd())
     return os.path.relpath(path) if inside else str(path.resolve())
 

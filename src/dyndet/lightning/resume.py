@@ -40,7 +40,7 @@ class ExactResume(Callback):
         self._pending: dict[str, Any] | None = None
         self._restored = False
         self._whole = True  # gradients are those of whole batches
-        self._before: _State | None = None  # what a step or a validation that breaks off goes back to
+        self._before: State | None = None  # what a step or a validation that breaks off goes back to
         self._updating = False  # weights may be half of this step and half of the one before
         self._validated = -1  # batches before the last validation
         self._together = False  # all processes save
@@ -51,7 +51,7 @@ class ExactResume(Callback):
         return not self._updating
 
     def state_dict(self) -> dict[str, Any]:
-        return _random_state() if self._before is None else dict(self._before.random)
+        return random_state() if self._before is None else dict(self._before.random)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning dumps checkpoints on every process."""
@@ -87,7 +87,7 @@ class ExactResume(Callback):
             if not self._restored:
                 self._restore(trainer)
             self._pending = None
-        self._before = _State(pl_module)
+        self._before = State(pl_module)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._whole = False
@@ -106,7 +106,7 @@ class ExactResume(Callback):
             return
         if self._pending is not None and self._pending.get("owes_validation"):
             self._restore(trainer)
-        self._before = _State(None)
+        self._before = State(None)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
@@ -133,7 +133,7 @@ class ExactResume(Callback):
         _restore(self._pending.get("processes", [self._pending]), trainer.global_rank)
 
 
-class _State:
+class State:
     """Random state, and a copy of a module's buffers.
 
     Args:
@@ -141,19 +141,24 @@ class _State:
     """
 
     def __init__(self, module: nn.Module | None) -> None:
-        self.random = _random_state()
+        self.random = random_state()
         self._buffers = [] if module is None else list(module.buffers())
         with torch.no_grad():
             self._copies = [buffer.clone() for buffer in self._buffers]
 
-    def put_back(self) -> None:
-        """Undoes what has changed the buffers since."""
+    def put_back(self, where: Tensor | None = None) -> None:
+        """Undoes what has changed the buffers since.
+
+        Args:
+            where: () bool on the buffers' device, whether to: decided there, so that nothing waits; None: in any case.
+        """
         with torch.no_grad():
             for buffer, copy in zip(self._buffers, self._copies, strict=True):
-                buffer.copy_(copy)
+                buffer.copy_(copy if where is None else torch.where(where, copy, buffer))
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Of torch's generators on the host and on this process's GPU."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -8,6 +8,7 @@ gradient depends on d = L1 - L2 and the offset D alone: images with d > D should
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -62,7 +63,7 @@ class RunningMedian:
         self._median = 0.0
 
     def __call__(self, differences: Tensor) -> float:
-        for value in differences.tolist():
+        for value in filter(math.isfinite, differences.tolist()):  # no number would stay in its place for good
             insort(self._sorted, value)
             count = len(self._sorted)
             if count < self.exact_until or count % self.every == 0:
