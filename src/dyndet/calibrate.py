@@ -25,6 +25,7 @@ from dyndet.cli.command import run
 from dyndet.cli.compose import build, fill
 from dyndet.cli.configured import count_of
 from dyndet.cli.device import device_of
+from dyndet.cli.out_of_memory import Work, advice, explained
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.metrics.compute import ComputeMeter
@@ -54,23 +55,25 @@ def calibrate(config: DictConfig) -> Calibration:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     single = data.single_images(config.latency_images)
-    if isinstance(detector, DynamicDetector):
-        calibration = _routes(detector, data, single, folder)
-    else:
-        calibration = _gates(detector, data, single, config.thresholds)
+    work = Work("calibration,")
+    with explained(work, lambda: advice(data.val_batch_size, "device=cpu")):
+        if isinstance(detector, DynamicDetector):
+            calibration = _routes(detector, data, single, folder, work)
+        else:
+            calibration = _gates(detector, data, single, config.thresholds, work)
     file = write_calibration(config.ckpt, calibration.as_dict(), config.out)
     print(f"calibrated on {calibration.images} images ({calibration.device}): {file}")
     return calibration
 
 
 def _routes(
-    detector: DynamicDetector, data: DetectionDataModule, single: Sequence[ImageBatch], folder: Path
+    detector: DynamicDetector, data: DetectionDataModule, single: Sequence[ImageBatch], folder: Path, work: Work
 ) -> Calibration:
     if detector.router is None:
         raise UserError("this dynamic detector has no router yet: train one with +router=exact init=CHECKPOINT")
     static = StaticCosts(detector)
     device = next(detector.parameters()).device
-    batches = track(data.val_dataloader(), description="both routes")
+    batches = work.of(track(data.val_dataloader(), description="both routes"))
     ways = BothWays.joined([go_both_ways(detector, static, batch.to(device)) for batch in batches])
     splits = ways.curve(data.categories, [step / 10 for step in range(11)])
 
@@ -93,7 +96,11 @@ def _routes(
 
 
 def _gates(
-    detector: Detector, data: DetectionDataModule, single: Sequence[ImageBatch], thresholds: Sequence[float]
+    detector: Detector,
+    data: DetectionDataModule,
+    single: Sequence[ImageBatch],
+    thresholds: Sequence[float],
+    work: Work,
 ) -> Calibration:
     head = routed_part(detector.head) if isinstance(detector, PyramidDetector) else None
     if not isinstance(head, GatedHead):
@@ -105,7 +112,7 @@ def _gates(
     for threshold in track(steps, description="thresholds"):
         head.close_below(threshold)
         meter = ComputeMeter()
-        for batch in data.val_dataloader():
+        for batch in work.of(data.val_dataloader()):
             _, routing = detector.detect_with_routing(batch.to(device).images)
             meter_batch(meter, static, routing, batch.images.sizes.tolist())
         report = meter.compute()

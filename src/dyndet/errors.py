@@ -27,6 +27,20 @@ class DivergedError(UserError):
     """Training that cannot recover."""
 
 
+class MemoryShortageError(UserError):
+    """There is no more memory, of a device or of the host.
+
+    Attributes:
+        doing: what the command was at, "training" for instance.
+        images: how many the batch had; 0 before the first.
+    """
+
+    def __init__(self, message: str, *, doing: str = "", images: int = 0) -> None:
+        super().__init__(message)
+        self.doing = doing
+        self.images = images
+
+
 class LostProcessError(UserError):
     """Another process of a run is gone, or does not answer: nothing that waits for it must be tried."""
 

@@ -21,11 +21,13 @@ from dyndet.checkpoints.changes import check_classes
 from dyndet.checkpoints.read import read_checkpoint
 from dyndet.cli.command import run
 from dyndet.cli.compose import build, fill
+from dyndet.cli.out_of_memory import advice, explained
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.lightning.callbacks import Progress
 from dyndet.lightning.collect import Collect
 from dyndet.lightning.detection import DetectionModule
+from dyndet.lightning.halving import Sizes
 from dyndet.lightning.interruption import leave_signals_alone
 from dyndet.metrics.compute import ComputeReport
 from dyndet.models.detectors.base import Detector, TwinnedHead, routed_part
@@ -58,9 +60,10 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if OmegaConf.is_config(precision):  # the trainer would build it, and of a file's trainer nothing is checked
         raise UserError(f"{config.ckpt}: trainer.precision must be a word or a number: set trainer.precision=32-true")
     config.trainer.precision = precision
-    trainer: Trainer = build(config.trainer, callbacks=[Progress(), collected])
+    trainer: Trainer = build(config.trainer, callbacks=[Progress(), collected, sizes := Sizes("evaluation")])
     leave_signals_alone(trainer)
-    trainer.validate(module, data, verbose=False)
+    with explained(sizes.work, lambda: advice(data.val_batch_size, "trainer.accelerator=cpu")):
+        trainer.validate(module, data, verbose=False)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     report = module.compute.compute()
     if trainer.is_global_zero:

@@ -22,6 +22,7 @@ from dyndet.checkpoints.read import Checkpoint, read_checkpoint
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
 from dyndet.cli.device import device_of
+from dyndet.cli.out_of_memory import Work, explained
 from dyndet.data.collate import Collate
 from dyndet.data.images import read_image
 from dyndet.data.sources import Source, find_sources, unlabelled
@@ -95,6 +96,7 @@ class _Job:
 
     def __init__(self, config: DictConfig, saved: Checkpoint, sources: Sequence[Source], stack: ExitStack) -> None:
         self.done = self.skipped = 0
+        self._work = Work("prediction,")
         self.folder = Path(config.out)
         self._config, self._names = config, [category.name for category in saved.categories]
         self._wanted = Wanted(
@@ -127,10 +129,11 @@ class _Job:
     def run(self, source: Source) -> None:
         """Looks at all there is of it; says so if it cannot be read."""
         try:
-            if source.kind == "image":
-                self._image(source)
-            else:
-                self._video(source)
+            with explained(self._work, lambda: f"of {source.path}: give smaller images, or set device=cpu"):
+                if source.kind == "image":
+                    self._image(source)
+                else:
+                    self._video(source)
         except DataError as error:
             self.skipped += 1
             for writer in self._writers:
@@ -173,7 +176,9 @@ class _Job:
     def _look(self, image: Tensor, path: str) -> tuple[_Seen, Image.Image | None]:
         """What is found, and, if wanted, how it looks."""
         sample = self._transform(unlabelled(image, path), torch.Generator())
-        (found,), routing = self._detector.detect_with_routing(self._collate([sample]).images)
+        images = self._collate([sample]).images
+        self._work.see(images)
+        (found,), routing = self._detector.detect_with_routing(images)
         (macs,) = meter_batch(self._meter, self._static, routing, [sample.image.shape[-2:]])
         found = self._wanted(replace(found.to("cpu"), macs=macs))
         return _Seen(found, routing), self._picture(image, sample, found, routing) if self._suffix else None

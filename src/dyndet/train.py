@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -19,9 +20,10 @@ from dyndet.cli.compose import build
 from dyndet.cli.from_data import follow_data
 from dyndet.cli.hyperparameters import hyperparameters
 from dyndet.data.layouts.describe import describe
-from dyndet.errors import UserError
+from dyndet.errors import MemoryShortageError, UserError
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
+from dyndet.lightning.halving import Sizes, check_on_oom, halve, memory_explained
 from dyndet.lightning.interruption import Interruption, ending, leave_signals_alone, tell_processes
 from dyndet.lightning.joint import JointModule
 from dyndet.lightning.step2 import router_parts
@@ -34,6 +36,19 @@ from dyndet.signals import deferred
 
 def train(config: DictConfig) -> dict[str, float]:
     """Runs one experiment and returns its last metrics."""
+    check_on_oom(config)
+    while True:
+        try:
+            return _train(config)
+        except MemoryShortageError as shortage:
+            if not (smaller := halve(config, shortage)):
+                raise
+        gc.collect()  # of what has failed
+        torch.cuda.empty_cache()
+        rank_zero_warn(smaller)
+
+
+def _train(config: DictConfig) -> dict[str, float]:
     seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = resume_path(config)
     keep_ends(config)
@@ -78,13 +93,13 @@ def train(config: DictConfig) -> dict[str, float]:
         [build(item) for item in (config.get(group) or {}).values() if item and "_target_" in item]
         for group in ("logger", "callbacks")
     )
-    callbacks.append(Interruption(timeout=config.rank_timeout))
+    callbacks += [Interruption(timeout=config.rank_timeout), sizes := Sizes()]
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
     leave_signals_alone(trainer)
     for logger in loggers:
         logger.log_hyperparams(hyperparameters(config, named=config.logged_env))
     folder = Path(config.output_dir)
-    with closing(loggers), ending(trainer, folder):
+    with closing(loggers), memory_explained(config, sizes, folder), ending(trainer, folder):
         with deferred(tell_processes(trainer)):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         finish(trainer, module, data, folder)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from dyndet.cli.out_of_memory import ran_out, said
 from dyndet.errors import UserError
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -35,7 +36,6 @@ _KNOWN = {
         "a batch has a single position in the deepest map, which its norms cannot average over: larger images or a "
         "larger data.batch_size"
     ),
-    "CUDA out of memory": "the GPU's memory is full: lower data.batch_size or the size of the images",
 }
 
 
@@ -75,6 +75,8 @@ def about_a_value(error: Exception) -> str | None:
     for known, advice in _KNOWN.items():
         if known in text:
             return f"{text.splitlines()[0]}: {advice}"
+    if ran_out(error):
+        return f"out of memory ({said(error)}): smaller batches or images need less, and so do fewer data.num_workers"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, MisconfigurationException):

@@ -12,6 +12,7 @@ import torch
 from rich.progress import track
 from torch.utils.data import DataLoader
 
+from dyndet.cli.out_of_memory import Work, explained
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.sampler import KeyedDataset, keyed_generator
 from dyndet.lightning.router_module import Lesson, learn
@@ -56,11 +57,13 @@ def collect(
             num_workers=data.num_workers,
             generator=keyed_generator(data.seed),
         )
-        arriving = iter(track(loader, description="both detectors on every training image"))
-        for number in missing:
-            torch.manual_seed(data.seed + number)  # second stages draw samples
-            parts = [learn(detector, next(arriving).to(device)) for _ in chunks[number]]
-            _save(_joined(parts), files[number])
+        work = Work("the pass over the training set,")
+        arriving = work.of(track(loader, description="both detectors on every training image"))
+        with explained(work, lambda: f"set data.batch_size={max(data.batch_size // 2, 1)}, or a smaller data.size"):
+            for number in missing:
+                torch.manual_seed(data.seed + number)  # second stages draw samples
+                parts = [learn(detector, next(arriving).to(device)) for _ in chunks[number]]
+                _save(_joined(parts), files[number])
     return _joined([Lesson(**torch.load(file, weights_only=True)) for file in files])
 
 

@@ -69,7 +69,7 @@ def traced(module: nn.Module) -> Iterator[Trace]:
         return seen
 
     for name, part in module.named_modules():
-        handles.append(part.register_forward_hook(watch(name or "the detector")))  # noqa: PERF401
+        handles.append(part.register_forward_hook(watch(name or "the detector")))
     try:
         yield trace
     finally:
