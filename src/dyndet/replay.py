@@ -41,16 +41,17 @@ def replay(config: DictConfig) -> Trace:
             nn.Module.to(detector, memory_format=torch.channels_last)
         detector.to(device).train()
         print(f"step {dump.step} of {dump.saved.config.get('name', '?')} in {dump.precision}: {dump.fault}")
-        for line in _given(detector, dump):
+        given = _given(detector, dump)
+        for line in given:
             print(f"before: {line}")
         trace = _again(detector, dump, device)
     except (RuntimeError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"file={config.file} cannot be run again: {reason(error)}") from error
     for line in trace.lines():
         print(line)
-    if not trace.found():
-        print("not reproduced: loss and gradients are numbers this time. What broke them was not the model on this "
-              "batch: other hardware, other libraries, a callback, or a device that made a mistake")  # fmt: skip
+    if not (trace.found() or given):
+        print("not reproduced: loss and gradients are numbers this time, so it was not this model on this batch alone: "
+              "other hardware or libraries, a callback, a device that made a mistake")  # fmt: skip
         raise SystemExit(1)
     print("reproduced")
     return trace

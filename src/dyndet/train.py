@@ -93,7 +93,7 @@ def _train(config: DictConfig) -> dict[str, float]:
         [build(item) for item in (config.get(group) or {}).values() if item and "_target_" in item]
         for group in ("logger", "callbacks")
     )
-    callbacks += [Interruption(timeout=config.rank_timeout), sizes := Sizes()]
+    callbacks = [sizes := Sizes(), *callbacks, Interruption(timeout=config.rank_timeout)]
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
     leave_signals_alone(trainer)
     for logger in loggers:

@@ -98,8 +98,9 @@ class DivergenceWatch(Callback):
         gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters]
         lost = any_lost([*gradients, *losses, *given], pl_module.device)
         if trainer.world_size > 1:  # each has its own losses
-            dist.all_reduce(lost_anywhere := lost.to(torch.int32), op=dist.ReduceOp.MAX)
-            lost = lost_anywhere.bool()
+            anywhere = lost.to(torch.int32)
+            dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+            lost = anywhere.bool()
         asked = _Asked(trainer.global_step, self._window, self._before, lost)
         if _scaler(trainer) is None and self._decided_there(lost) and skips_by_itself(optimizer):
             self._leave_out_there(optimizer, asked)
@@ -177,7 +178,7 @@ class DivergenceWatch(Callback):
         if scaler is not None:
             text += f". {self._overflows} steps in a row were so"
         elif self.policy == "skip":
-            text += f". {self.skipped} updates of this run were left out, max_skipped={self.max_skipped} are allowed"
+            text += f" (number {self.skipped} of this run; max_skipped={self.max_skipped})"
         text += self._dumped(trainer, module, asked, text)
         if ends:
             hint = "" if self.policy == "skip" or scaler is not None else "; on_nonfinite=skip leaves such batches out"

@@ -63,13 +63,24 @@ def align_data(checkpoint: dict[str, Any], trainer: Trainer) -> None:
                 f"resuming is not exact: {batches - place} batches are done again, whose gradients were accumulated "
                 "but are not in the checkpoint, or of another trainer.accumulate_grad_batches"
             )
-    if same and callback.get("owes_validation"):
+    current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    whole = batches == 0 and current["processed"] > 0  # the place is the start of the next epoch
+    if (same or whole) and callback.get("owes_validation"):
         _validate_first(checkpoint["loops"]["fit_loop"])
-    if place != batches:
-        state["batches"] = place
-        current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        for count in ("ready", "started", "processed", "completed"):
-            current[count] += place - batches
+    more = place - batches
+    if whole and not same:  # as many as such an epoch has today
+        more = _batches(data, trainer) - current["processed"]
+    state["batches"] = place
+    for count in ("ready", "started", "processed", "completed"):
+        current[count] += more
+
+
+def _batches(data: Any, trainer: Trainer) -> int:
+    """Of an epoch, per process."""
+    images = -(-len(data.train) // trainer.world_size)
+    batches = images // data.batch_size if data.drop_last else -(-images // data.batch_size)
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
 
 
 def _validate_first(loop: dict[str, Any]) -> None:

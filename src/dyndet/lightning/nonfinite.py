@@ -15,19 +15,17 @@ def any_lost(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Whether any value is no number, () bool on `device`, without waiting for it.
 
     Args:
-        tensors: floating-point, on `device`; several passes over each are spared.
+        tensors: floating-point, on `device`.
         device: of the answer.
     """
     groups: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
             groups.setdefault(tensor.dtype, []).append(tensor)
-    largest = [
-        size.to(device, torch.float32) if size.dtype != torch.float64 else size.to(device)
+    lost = [
+        ~torch.isfinite(torch.stack(torch._foreach_norm(group, float("inf")))).all()  # pyright: ignore[reportPrivateImportUsage]
         for group in groups.values()
-        for size in torch._foreach_norm(group, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
     ]
-    lost = [~torch.isfinite(size) for size in largest]
     return torch.stack(lost).any() if lost else torch.zeros((), dtype=torch.bool, device=device)
 
 
