@@ -177,7 +177,7 @@ def _replayed(folder: Path, kind: str) -> list[str]:
 ROWS = [
     Row(
         f"R8.{number}",
-        f"NaN or infinity in pixels, boxes, weights, gradients, running statistics, all families; on_nonfinite={policy}",
+        f"NaN or inf in pixels, boxes, weights, gradients, running statistics, every family; on_nonfinite={policy}",
         "no update is made of it: weights, buffers and moments keep their hash; images are named; nothing of it is "
         "saved; replay finds it, and says of a broken gradient that it was not the model"
         + ("; the run finishes" if policy == "skip" else ""),

@@ -186,7 +186,7 @@ class DivergenceWatch(Callback):
         rank_zero_warn(text)
 
     def _dumped(self, trainer: Trainer, module: LightningModule, asked: _Asked, fault: str) -> str:
-        mine = any(seen.lost() for seen in asked.batches)
+        mine = any(seen.faulty() for seen in asked.batches)
         if self.folder is None or not (mine or trainer.is_global_zero):
             return ""
         try:
@@ -243,7 +243,7 @@ class _Asked:
         return "a gradient is no number"
 
     def images(self) -> str:
-        lost = [seen for seen in self.batches if seen.lost()] or self.batches
+        lost = [seen for seen in self.batches if seen.faulty()] or self.batches
         found = [name for seen in lost for name in seen.names()]
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         return f"images {', '.join(found[:8])}{more}" if found else "a batch of lessons"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dyndet.checkpoints.read import Checkpoint, read_checkpoint
 from dyndet.errors import UserError
+from dyndet.lightning.nonfinite import first_lost
 from dyndet.lightning.resume import random_state
 from dyndet.lightning.router_module import Lesson
 from dyndet.structures import Batch, ImageBatch, Target
@@ -44,6 +45,10 @@ class Seen:
     def lost(self) -> bool:
         """Whether the loss is no number; waits for the device."""
         return self.loss is not None and not bool(torch.isfinite(self.loss).all())
+
+    def faulty(self) -> bool:
+        """Whether its loss or what it holds is no number; waits for the device."""
+        return self.lost() or first_lost(self.given()) is not None
 
     def names(self) -> list[str]:
         """Id and file of every image."""

@@ -41,6 +41,7 @@ class ExactResume(Callback):
         self._restored = False
         self._whole = True  # gradients are those of whole batches
         self._before: State | None = None  # what a step or a validation that breaks off goes back to
+        self._window: State | None = None  # the same where it breaks off amid gradients that are accumulated
         self._updating = False  # weights may be half of this step and half of the one before
         self._validated = -1  # batches before the last validation
         self._together = False  # all processes save
@@ -88,6 +89,8 @@ class ExactResume(Callback):
                 self._restore(trainer)
             self._pending = None
         self._before = State(pl_module)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._window = self._before
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._whole = False
@@ -116,6 +119,8 @@ class ExactResume(Callback):
         """Before the checkpoint callbacks, which save."""
         self._together = isinstance(exception, Interrupted)
         if self._before is not None and self.restorable:
+            if not self._whole and self._window is not None:
+                self._before = self._window  # there is no going on from within the window
             self._before.put_back()
 
     def _owes_validation(self, trainer: Trainer) -> bool:
