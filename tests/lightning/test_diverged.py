@@ -38,7 +38,9 @@ def test_a_diverged_run_ends_and_keeps_its_last_good_checkpoint(
     monkeypatch.setattr(DenseDetector, "losses", diverging)
     config = compose_experiment("shapes_dyn", [*TINY, f"output_dir={tmp_path}", f"on_nonfinite={policy}"])
     if policy == "skip":
-        with pytest.warns(UserWarning, match=r"at step 8, so the update was left out: images .* \(number 1 of this run"):
+        with pytest.warns(
+            UserWarning, match=r"at step 8, so the update was left out: images .* \(number 1 of this run"
+        ):
             train(config)
         assert len(calls) == 12 and "train/skipped" in next(tmp_path.rglob("metrics.csv")).read_text()
         return

@@ -97,7 +97,7 @@ def drawn(state: dict[str, Any], rank: int) -> float:
     callback = ExactResume()
     callback.load_state_dict(state)
     trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
-    stand_in: Any = SimpleNamespace(fit_loop=trainer.fit_loop, global_rank=rank)
+    stand_in: Any = SimpleNamespace(fit_loop=trainer.fit_loop, global_rank=rank, accumulate_grad_batches=1)
     torch.seed()
     callback.on_train_batch_start(stand_in, Drawing(), None, 0)
     return torch.rand(()).item()

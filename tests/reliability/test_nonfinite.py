@@ -89,33 +89,56 @@ def test_a_fused_optimizer_leaves_out_the_update_without_a_wait(
     assert waits[1:] == [0] * len(waits[1:])  # at first there are no moments that could be left alone
 
 
-def test_overflows_of_a_scaler_count_when_they_do_not_end() -> None:
-    watch, parameter = DivergenceWatch(), torch.nn.Parameter(torch.ones(2))
+def stepping(watch: DivergenceWatch, *parameters: torch.nn.Parameter, scaler: object = None) -> tuple[Any, Any]:
+    """A module with running statistics, and a step of fused AdamW whose gradients, and statistics, are some value."""
     module: Any = torch.nn.BatchNorm1d(2)
     module.device = torch.device("cpu")
     trainer: Any = SimpleNamespace(
-        precision_plugin=SimpleNamespace(scaler=object()), world_size=1, global_step=7, accumulate_grad_batches=1,
+        precision_plugin=SimpleNamespace(scaler=scaler), world_size=1, global_step=7, accumulate_grad_batches=1,
         callback_metrics={}, is_global_zero=True,
     )  # fmt: skip
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
 
-    def step(value: float) -> None:
+    def step(*values: float) -> None:
         watch.on_train_batch_start(trainer, module, (torch.ones(1), torch.ones(1)), 0)
         watch.on_before_backward(trainer, module, torch.tensor(1.0))
-        module.running_mean.fill_(value)
-        parameter.grad = torch.tensor([1.0, value])
+        module.running_mean.fill_(values[0])
+        for parameter, value in zip(parameters, values, strict=False):
+            parameter.grad = torch.tensor([1.0, value])
         watch.on_before_optimizer_step(trainer, module, optimizer)
-        assert (parameter.grad is None) == (value > 1e30)
-        assert module.running_mean.isfinite().all()
+        optimizer.step()
 
+    return module, step
+
+
+def test_overflows_of_a_scaler_count_when_they_do_not_end() -> None:
+    watch, parameter = DivergenceWatch(), torch.nn.Parameter(torch.ones(2))
+    module, step = stepping(watch, parameter, scaler=object())
     for _ in range(3):
         for _ in range(_OVERFLOWS - 1):
             step(float("inf"))
+            assert parameter.grad is None and module.running_mean.isfinite().all()
         step(1.0)
+        assert parameter.grad is not None and module.running_mean.tolist() == [1, 1]
     assert watch.skipped == 0
     with pytest.raises(DivergedError, match=f"{_OVERFLOWS} steps in a row"):
         for _ in range(_OVERFLOWS):
             step(float("inf"))
+
+
+def test_a_step_that_was_left_out_says_nothing_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that gets its first gradient has no moments, so that this step is looked at on the host."""
+    monkeypatch.setattr(DivergenceWatch, "_decided_there", lambda *_: True)
+    watch = DivergenceWatch(policy="skip")
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    module, step = stepping(watch, first, second)
+    step(1.0)
+    before = first.tolist()
+    with pytest.warns(UserWarning, match="a gradient is no number at step 7"):
+        step(float("nan"))
+        assert first.tolist() == before and module.running_mean.tolist() == [1, 1]
+        step(2.0, 2.0)
+    assert watch.skipped == 1 and first.tolist() != before and second.tolist() != [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

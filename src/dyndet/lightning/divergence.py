@@ -34,8 +34,8 @@ class DivergenceWatch(Callback):
     not end.
 
     On a GPU an optimizer with `fused=true` leaves out the update by itself, and the answer is read when it is there,
-    some steps later; when the run then stops, no update was made since. For other optimizers every step waits for the
-    GPU before its update.
+    some steps later; when the run then stops, no update was made since, and when it goes on, the batch is kept with the
+    weights of that moment. For other optimizers every step waits for the GPU before its update.
 
     Args:
         every: at most so many steps wait for their answer; None or 0 is 10.
@@ -104,7 +104,11 @@ class DivergenceWatch(Callback):
         asked = _Asked(trainer.global_step, self._window, self._before, lost)
         if _scaler(trainer) is None and self._decided_there(lost) and skips_by_itself(optimizer):
             self._leave_out_there(optimizer, asked)
-        elif bool(lost):
+            return
+        self._read_answers(trainer, pl_module, most=0)
+        if getattr(optimizer, "found_inf", None) is not None and _scaler(trainer) is None:
+            optimizer.found_inf = None  # type: ignore[attr-defined]  # of an earlier step
+        if bool(lost):
             self._before.put_back()
             asked.gradient = first_lost((name, p.grad) for name, p in pl_module.named_parameters())
             asked.terms = _terms(trainer.callback_metrics)
