@@ -25,6 +25,7 @@ from dyndet.lightning.finish import closing, finish
 from dyndet.lightning.joint import JointModule
 from dyndet.lightning.step2 import router_parts
 from dyndet.lightning.stopping import keep_ends
+from dyndet.lightning.writing import WritePolicy, keep_logging, with_checkpoint_files
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.report.summary import print_summary
@@ -33,7 +34,8 @@ from dyndet.report.summary import print_summary
 def train(config: DictConfig) -> dict[str, float]:
     """Runs one experiment and returns its last metrics."""
     seed_everything(config.seed, workers=True, verbose=False)
-    checkpoint = resume_path(config)
+    checkpoint = resume_path(config, rank_zero_info)
+    policy = WritePolicy(config.on_write_error)
     keep_ends(config)
     if text := train_random_layers(config):
         rank_zero_info(text)
@@ -76,8 +78,10 @@ def train(config: DictConfig) -> dict[str, float]:
         [build(item) for item in (config.get(group) or {}).values() if item and "_target_" in item]
         for group in ("logger", "callbacks")
     )
-    trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
+    plugins = with_checkpoint_files(config.trainer, policy)
+    trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks, plugins=plugins)
     for logger in loggers:
+        keep_logging(logger, policy)
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     try:
         with closing(loggers):

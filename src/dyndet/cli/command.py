@@ -29,6 +29,7 @@ from dyndet.cli.jobs import run_job
 from dyndet.cli.quoting import check_single, check_words, expand_home, flags_and_overrides, raw, read_paths
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
+from dyndet.disk import BROKEN, FULL, about_the_disk
 from dyndet.errors import UserError
 
 _HARMLESS = (
@@ -111,9 +112,9 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
             raise
         _fail(explain(error, sys.argv[1:], config_name))
     except OSError as error:
-        if verbose or error.filename is None:
+        if verbose or (error.filename is None and error.errno not in FULL | BROKEN):
             raise
-        _fail(f"{error.filename}: {error.strerror}")
+        _fail(f"{error.filename or Path.cwd()}: {error.strerror}")
 
 
 def _one_line(error: Exception, command: str) -> str | None:
@@ -122,6 +123,9 @@ def _one_line(error: Exception, command: str) -> str | None:
         text = str(error).rpartition(f"{type(error).__name__}: ")[2]
     elif isinstance(error, OmegaConfBaseException):
         text = explain(error, sys.argv[1:], command)
+    elif isinstance(error, OSError) and error.errno in FULL | BROKEN and error.filename is None:
+        folder = HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "."
+        text = about_the_disk(error, Path(folder))
     elif (text := about_a_value(error)) is None:
         return None
     return " ".join(text.split())

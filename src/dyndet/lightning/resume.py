@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from dyndet.errors import DivergedError
+from dyndet.errors import DivergedError, WriteError
 
 
 class ExactResume(Callback):
@@ -146,7 +146,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, DivergedError):
+        if isinstance(exception, DivergedError | WriteError):
             return  # the last good checkpoint stays
         if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException):
             super().on_exception(trainer, pl_module, exception)
