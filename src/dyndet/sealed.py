@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -160,7 +160,7 @@ def _write(content: Any, part: Path) -> _Sealing:
     file = part.open("wb")
     try:
         sealing = _Sealing(file)
-        torch.save(content, sealing)
+        torch.save(content, cast("IO[bytes]", sealing))  # it needs no more of a file
         sealing.close()
     finally:
         with suppress(OSError):  # a buffer that the disk did not take

@@ -99,7 +99,8 @@ def with_checkpoint_files(trainer: DictConfig, policy: WritePolicy) -> list[Any]
         trainer: its configuration.
         policy: of `CheckpointFiles`.
     """
-    chosen = build(trainer.get("plugins"))
+    chosen = trainer.get("plugins")
+    chosen = build(chosen) if OmegaConf.is_config(chosen) else chosen
     plugins = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
     plugins = [plugin for plugin in plugins if plugin is not None]
     strategy = trainer.get("strategy")
