@@ -23,16 +23,17 @@ def latest_checkpoint(name: str, root: str = "outputs") -> tuple[Path | None, li
     folders = {file.parent for file in found if file.name in _NAMES and file.is_file()}
     skipped: list[tuple[Path, str]] = []
     for folder in sorted(folders, key=_time, reverse=True):
-        good: list[Path] = []
+        good: dict[Path, int] = {}
         for file in _checkpoints(folder):
-            if (wrong := fault(file)) is not None:
-                skipped.append((file, wrong))
-            else:
-                good.append(file)
+            wrong, step = fault(file), step_of(file)
+            if wrong is None and step >= 0:
+                good[file] = step
                 if file.name == LAST:
                     break
+            else:
+                skipped.append((file, wrong or "it is no checkpoint of a run"))
         if good:
-            return max(good, key=step_of), skipped
+            return max(good, key=lambda file: good[file]), skipped
     return None, skipped
 
 
