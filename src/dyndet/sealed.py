@@ -43,7 +43,7 @@ def write_sealed(content: Any, path: str | Path, *, previous: Path | None = None
     Args:
         content: for `torch.save`.
         path: what was there stays until the new file has been read back.
-        previous: where what was there goes then; None drops it. Given up where there is no room for three files.
+        previous: where what was there goes then; None drops it.
 
     Raises:
         WriteError: if the disk does not take it. The file that was there is as it was.
@@ -56,9 +56,6 @@ def write_sealed(content: Any, path: str | Path, *, previous: Path | None = None
         part = part_of(path)
         try:
             writer = _write(content, part)
-            if writer.error and previous and previous.is_file() and fault(path) is None:
-                previous.unlink()
-                writer = _write(content, part)
             if writer.error:
                 raise writer.error
             if _look(part) is not None:

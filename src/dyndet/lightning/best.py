@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from dyndet.lightning.writing import lost, writing
-from dyndet.sealed import read_sealed, write_sealed
+from dyndet.lightning.writing import lost, write_checkpoint, writing
+from dyndet.sealed import read_sealed
 
 _SCORES = ("best_k_models", "best_model_path", "best_model_score", "kth_best_model_path", "kth_value")
 
@@ -65,7 +65,7 @@ class BestCheckpoint(ModelCheckpoint):
             content["callbacks"][self.state_key] = self.state_dict()
             with writing(trainer, best):
                 for path in (best, last):
-                    write_sealed(content, path)
+                    write_checkpoint(content, path)
         trainer.strategy.barrier("best")
 
     def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:

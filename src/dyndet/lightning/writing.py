@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from dyndet.cli.compose import build
 from dyndet.cli.latest import LAST, PREVIOUS
-from dyndet.disk import FAULTS, about_the_disk
+from dyndet.disk import FAULTS, FULL, about_the_disk
 from dyndet.errors import UserError, WriteError
-from dyndet.sealed import read_sealed, write_sealed
+from dyndet.sealed import fault, read_sealed, write_sealed
 
 _LOGGING = ("log_hyperparams", "log_metrics", "save", "after_save_checkpoint", "finalize")
 
@@ -76,7 +76,7 @@ class CheckpointFiles(TorchCheckpointIO):
         file = Path(path)
         self.lost.add(file)
         with self.policy(file):
-            write_sealed(checkpoint, file, previous=file.with_name(PREVIOUS) if file.name == LAST else None)
+            write_checkpoint(checkpoint, file)
             self.lost.discard(file)
         return None
 
@@ -90,6 +90,24 @@ class CheckpointFiles(TorchCheckpointIO):
         if _elsewhere(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return read_sealed(path, key="ckpt_path")
+
+
+def write_checkpoint(content: dict[str, Any], file: Path) -> None:
+    """Writes a checkpoint of a run; the one before a run's last goes to `PREVIOUS`, and is given up for room.
+
+    Raises:
+        WriteError: if the disk does not take it.
+    """
+    previous = file.with_name(PREVIOUS)
+    kept = previous if file.name == LAST else None
+    try:
+        write_sealed(content, file, previous=kept)
+    except WriteError as error:
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+        if not (full and previous.is_file() and fault(file.with_name(LAST)) is None):
+            raise
+        previous.unlink()
+        write_sealed(content, file, previous=kept)
 
 
 def with_checkpoint_files(trainer: DictConfig, policy: WritePolicy) -> list[Any]:
