@@ -85,6 +85,44 @@ def _train(place: Path, pipe: int) -> None:
     trained(place, "trainer.max_steps=1000", "trainer.max_epochs=-1", "callbacks.last.every_n_train_steps=1")
 
 
+def moments(folder: Path) -> Iterator[Outcome]:
+    """Killed before and after every call to the disk that puts a file into its place, with hard links and without."""
+    content = {"state_dict": {"w": torch.ones(1000)}, "global_step": 0}
+    with contextlib.chdir(folder):
+        for links, after, number in itertools.product((True, False), (False, True), range(8)):
+            shutil.rmtree("outputs", ignore_errors=True)
+            run = Path("outputs", "loop", "now", "checkpoints")
+            for step in (1, 2):
+                CheckpointFiles().save_checkpoint({**content, "global_step": step}, run / "last.ckpt")
+            if (child := os.fork()) == 0:
+                _dies_at(number, after=after, links=links)
+                CheckpointFiles().save_checkpoint({**content, "global_step": 3}, run / "last.ckpt")
+                os._exit(0)
+            os.waitpid(child, 0)
+            case = f"{'after' if after else 'before'} call {number}{'' if links else ', no links'}"
+            yield _whole(case, "loop", content["state_dict"], 2)
+
+
+def _dies_at(number: int, *, after: bool, links: bool) -> None:
+    """Makes this process kill itself at a call."""
+    calls = itertools.count()
+
+    def dying(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        this = next(calls) == number
+        if this and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if call is link and not links:
+            raise PermissionError(1, "no links here")
+        result = call(*args, **kwargs)
+        if this:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    link = os.link
+    for name in ("fsync", "link", "replace", "unlink"):
+        setattr(os, name, partial(dying, getattr(os, name)))
+
+
 def _killed(task: Callable[[int], object], after: float) -> int:
     """Runs a task in a copy of this process, kills it some seconds after its first line; returns the last number that
     it wrote.
@@ -251,9 +289,10 @@ ROWS = [
         partial(kills, "/dev/shm" if Path("/dev/shm").is_dir() else None),
         60,
     ),
+    Row("R3.3", "SIGKILL at every call to the disk of a save", _HELD, moments, 5),
     Row("R5.1", "one flipped bit in a checkpoint", "refused in one line with the file's name", flips, 30),
     Row("R5.2", "a checkpoint that is cut off", "refused in one line with the file's name", cuts, 15),
-    Row("R5.3", "ckpt_path=last where files are damaged", "the newest good one is taken, others are said", fallbacks, 5),
+    Row("R5.3", "ckpt_path=last where files are damaged", "the newest good one is taken, others named", fallbacks, 5),
     Row("R5.4", "one flipped bit in a file without a digest", "refused, or the same tensors", earlier, 5),
     Row("R5.5", "lessons of step 2, a bit flipped or cut off", "computed again, or the same tensors", lessons, 5),
 ]
