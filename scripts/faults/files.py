@@ -218,7 +218,8 @@ def fallbacks(folder: Path) -> Iterator[Outcome]:
                 for name in names:
                     file = Path("outputs", "x", run, "checkpoints", f"{name}.ckpt")
                     write_sealed({"global_step": steps[run, name], "w": torch.ones(100)}, file)
-                    os.utime(file, (number * 1000 + steps[run, name],) * 2)
+                    moment = number * 1000 + steps[run, name]
+                    os.utime(file, (moment, moment))
                     if (run, name) in lost:
                         _damage(file, kind)
             left = [key for key in steps if key not in lost]

@@ -28,7 +28,7 @@ from faults.files import TINY
 from faults.row import Outcome, Row
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from commands import forked
+from commands import forked  # pyright: ignore[reportMissingImports]
 
 RUN = [
     *[key for key in TINY if not key.startswith(("logger", "~callbacks.preview"))], "+experiment=shapes_dyn",
@@ -46,7 +46,7 @@ class At(Callback):
     def __init__(self, steps: dict[int, str], folder: str) -> None:
         self.steps, self.folder = steps, Path(folder)
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         what = self.steps.get(trainer.global_step)
         filler = self.folder / "filler"
         if what == "full":
@@ -55,7 +55,7 @@ class At(Callback):
                     pass
         elif what == "room":
             filler.unlink(missing_ok=True)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         elif what in ("closed", "open"):
             mode = "ro" if what == "closed" else "rw"
             subprocess.run(["mount", "-o", f"remount,{mode}", str(self.folder)], check=True)

@@ -37,7 +37,7 @@ def about_the_disk(error: OSError, path: Path, needed: int | None = None) -> str
         known = f" ({', '.join(sizes)})" if sizes else ""
         return f"{line}{known}: free some space there"
     if error.errno in CLOSED:
-        return f"{line}: let this user write to {path.parent}"
+        return f"{line}: let this user write there, or give another folder"
     return f"{line}: look after the disk or the network under {path.parent}"
 
 
