@@ -35,7 +35,8 @@ def about_the_disk(error: OSError, path: Path, needed: int | None = None) -> str
         sizes = [f"it takes {in_mb(needed)}"] if needed else []
         sizes += [f"{in_mb(free)} are free"] if free is not None else []
         known = f" ({', '.join(sizes)})" if sizes else ""
-        return f"{line}{known}: free some space there"
+        limited = error.errno == errno.EFBIG
+        return f"{line}{known}: {'raise the limit on files, ulimit -f' if limited else 'free some space there'}"
     if error.errno in CLOSED:
         return f"{line}: let this user write there, or give another folder"
     return f"{line}: look after the disk or the network under {path.parent}"
@@ -81,6 +82,7 @@ def write_whole(path: Path, text: str) -> None:
         text: goes into it, in UTF-8.
     """
     part = part_of(path)
+    sweep(path.parent)
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)

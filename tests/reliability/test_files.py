@@ -20,8 +20,9 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 from omegaconf import OmegaConf
 
 from dyndet.checkpoints.read import resume_path
+from dyndet.cli.command import _one_line
 from dyndet.cli.compose import compose_experiment
-from dyndet.disk import part_of, sweep
+from dyndet.disk import part_of, sweep, write_whole
 from dyndet.errors import UserError, WriteError
 from dyndet.lightning.lesson_files import about_kept
 from dyndet.lightning.writing import CheckpointFiles, WritePolicy, keep_logging, with_checkpoint_files
@@ -187,6 +188,16 @@ def test_loggers_follow_the_policy() -> None:
     with pytest.raises(WriteError, match=r"runs/csv cannot be written: No space left on device \(.* are free\)"):
         stops.log_metrics({})
     goes_on.finalize("failed")
+
+
+def test_a_full_disk_is_one_line_of_any_command(tmp_path: Path) -> None:
+    line = _one_line(OSError(28, "No space left on device"), "predict")
+    assert line and "cannot be written: No space left on device" in line and "free some space" in line
+    assert _one_line(OSError(2, "No such file"), "predict") is None
+    write_whole(tmp_path / "a.json", "old")
+    with full_disk.failing("replace", 28), pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
 
 
 def test_lessons_of_an_earlier_dyndet_are_named(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # a log on a full disk is lost without a traceback for every line
 
     def answer(error: Exception) -> str | None:
         """An exception in one line; None where its traceback is to be seen."""
