@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import os
 import pickle
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -154,15 +155,25 @@ class _Sealing:
 
 
 def _write(content: Any, part: Path) -> _Sealing:
+    outer = sys.exc_info()[1]
     file = part.open("wb")
     try:
         sealing = _Sealing(file)
         torch.save(content, cast("IO[bytes]", sealing))  # it needs no more of a file
         sealing.close()
+    except RuntimeError as error:  # torch's complaint about a file that an interrupt ended
+        raise _first(error, outer) from None
     finally:
         with suppress(OSError):  # a buffer that the disk did not take
             file.close()
     return sealing
+
+
+def _first(error: BaseException, outer: BaseException | None) -> BaseException:
+    """What came before an error, up to what was there before all."""
+    while error.__context__ is not None and error.__context__ is not outer:
+        error = error.__context__
+    return error
 
 
 def _keep(path: Path, previous: Path) -> None:

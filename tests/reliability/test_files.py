@@ -88,6 +88,23 @@ def test_what_is_known_of_a_file_is_looked_up_again_when_it_changes(tmp_path: Pa
         file.write_bytes(data)
 
 
+def test_an_interrupt_amid_a_write_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would make an error of its own of it."""
+    file = tmp_path / "a.ckpt"
+    write_sealed({"a": 1}, file)
+
+    def interrupted(self: Any, data: Any) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dyndet.sealed._Sealing.write", interrupted)
+        try:
+            raise KeyError("power cut")
+        except KeyError:
+            write_sealed({"a": torch.ones(1000)}, file)
+    assert read_sealed(file) == {"a": 1} and [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
 def test_parts_of_dead_processes_are_swept(tmp_path: Path) -> None:
     mine = part_of(tmp_path / "last.ckpt")
     host = mine.name.split(".")[-2].rpartition("-")[0]
@@ -185,7 +202,7 @@ def test_loggers_follow_the_policy() -> None:
     stops, goes_on = logger(), logger()
     keep_logging(stops, WritePolicy())
     keep_logging(goes_on, WritePolicy("go_on"))
-    with pytest.raises(WriteError, match=r"runs/csv cannot be written: No space left on device \(.* are free\)"):
+    with pytest.raises(WriteError, match=r"runs cannot be written: No space left on device \(.* are free\)"):
         stops.log_metrics({})
     goes_on.finalize("failed")
 

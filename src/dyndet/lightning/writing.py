@@ -155,7 +155,7 @@ def keep_logging(logger: Logger, policy: WritePolicy) -> None:
 def _guarded(method: Callable[..., Any], logger: Logger, policy: WritePolicy) -> Callable[..., Any]:
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        with policy(f"{logger.save_dir or '.'}/{logger.name}"):
+        with policy(logger.save_dir or "."):
             return method(*args, **kwargs)
 
     return guarded
