@@ -20,26 +20,26 @@ _DEAD = 3600  # seconds: a part that nobody has written to for so long
 _PART = re.compile(r".+\.(?P<host>[^.]+)-(?P<process>\d+)\.part")
 
 
-def about_the_disk(error: OSError, path: Path, needed: int | None = None) -> str:
+def about_the_disk(error: OSError, path: Path | None, needed: int | None = None) -> str:
     """What could not be written and why, what is free and needed, and what to do.
 
     Args:
         error: that writing ended with.
-        path: of the file, or of the folder where it is not known which file it was.
+        path: of the file, or of its folder; None where neither is known.
         needed: bytes that the file takes.
     """
     why = os.strerror(error.errno) if error.errno else str(error)
-    line = f"{path} cannot be written: {why}"
+    line = f"{path or 'a file of this command'} cannot be written: {why}"
     if error.errno in FULL:
-        free = _free(path)
+        free = _free(path) if path else None
         sizes = [f"it takes {in_mb(needed)}"] if needed else []
         sizes += [f"{in_mb(free)} are free"] if free is not None else []
         known = f" ({', '.join(sizes)})" if sizes else ""
         limited = error.errno == errno.EFBIG
-        return f"{line}{known}: {'raise the limit on files, ulimit -f' if limited else 'free some space there'}"
+        return f"{line}{known}: {'raise the limit on files, ulimit -f' if limited else 'free some space where it goes'}"
     if error.errno in CLOSED:
         return f"{line}: let this user write there, or give another folder"
-    return f"{line}: look after the disk or the network under {path.parent}"
+    return f"{line}: look after the disk or the network that it goes to"
 
 
 def in_mb(size: int) -> str:
@@ -80,12 +80,18 @@ def write_whole(path: Path, text: str) -> None:
     Args:
         path: what was there stays until the new file is whole.
         text: goes into it, in UTF-8.
+
+    Raises:
+        OSError: with the file's name, if the disk does not take it.
     """
     part = part_of(path)
     sweep(path.parent)
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

@@ -63,7 +63,12 @@ def write_sealed(content: Any, path: str | Path, *, previous: Path | None = None
                 raise OSError(errno.EIO, "what was written reads otherwise")
             if previous:
                 _keep(path, previous)
-            part.replace(path)
+            try:
+                part.replace(path)
+            except OSError:
+                if previous and not path.exists():  # it was moved, not linked
+                    previous.replace(path)
+                raise
             flush_folder(path.parent)
         finally:
             with suppress(OSError):
@@ -215,6 +220,8 @@ def _look(path: Path) -> str | None:
             return "it is damaged: its end is missing"
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > size:  # torch compresses nothing; bombs do
+                return "it is damaged: its parts are larger than itself"
             part = archive.testzip()
     except Exception:  # what a damaged archive ends in depends on the byte
         return "it is damaged: its parts are not where they were"

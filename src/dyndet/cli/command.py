@@ -115,7 +115,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     except OSError as error:
         if verbose or (error.filename is None and error.errno not in FULL | BROKEN):
             raise
-        _fail(f"{error.filename or Path.cwd()}: {error.strerror}")
+        _fail(f"{error.filename or 'a file of this command'}: {error.strerror}")
 
 
 def _one_line(error: Exception, command: str) -> str | None:
@@ -124,9 +124,8 @@ def _one_line(error: Exception, command: str) -> str | None:
         text = str(error).rpartition(f"{type(error).__name__}: ")[2]
     elif isinstance(error, OmegaConfBaseException):
         text = explain(error, sys.argv[1:], command)
-    elif isinstance(error, OSError) and error.errno in FULL | BROKEN and error.filename is None:
-        folder = HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "."
-        text = about_the_disk(error, Path(folder))
+    elif isinstance(error, OSError) and error.errno in FULL:
+        text = about_the_disk(error, Path(error.filename) if error.filename else None)
     elif (text := about_a_value(error)) is None:
         return None
     return " ".join(text.split())

@@ -88,6 +88,32 @@ def test_what_is_known_of_a_file_is_looked_up_again_when_it_changes(tmp_path: Pa
         file.write_bytes(data)
 
 
+def test_an_archive_that_unpacks_to_more_than_itself_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 24))
+    assert "larger than itself" in str(fault(tmp_path / "a.ckpt"))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    last, previous, replace = tmp_path / "last.ckpt", tmp_path / "previous.ckpt", os.replace
+    write_sealed({"a": 1}, last)
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target) == last and ".part" in str(source):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", failing)
+    if not links:
+        monkeypatch.setattr("os.link", lambda *args, **kwargs: failing(Path("x.part"), last))
+    with pytest.raises(WriteError, match=r"Input/output error.*last\.ckpt is as it was before"):
+        write_sealed({"a": 2}, last, previous=previous)
+    assert read_sealed(last) == {"a": 1} and not list(tmp_path.glob("*.part"))
+
+
 def test_an_interrupt_amid_a_write_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch would make an error of its own of it."""
     file = tmp_path / "a.ckpt"
@@ -209,7 +235,7 @@ def test_loggers_follow_the_policy() -> None:
 
 def test_a_full_disk_is_one_line_of_any_command(tmp_path: Path) -> None:
     line = _one_line(OSError(28, "No space left on device"), "predict")
-    assert line and "cannot be written: No space left on device" in line and "free some space" in line
+    assert line == "a file of this command cannot be written: No space left on device: free some space where it goes"
     assert _one_line(OSError(2, "No such file"), "predict") is None
     write_whole(tmp_path / "a.json", "old")
     with full_disk.failing("replace", 28), pytest.raises(OSError, match="No space"):
