@@ -43,12 +43,10 @@ def together(tasks: list[Callable[[], object]], folder: Path, lost: int | None =
         process.start()
         processes.append(process)
     deadline = time.monotonic() + LIMIT
-    codes: list[int | str] = []
     for rank, process in enumerate(processes):
         if rank != lost:
             process.join(max(deadline - time.monotonic(), 0.1))
-    for process in processes:
-        codes.append("hangs" if process.exitcode is None else process.exitcode)
+    codes = ["hangs" if process.exitcode is None else process.exitcode for process in processes]
     for process in processes:
         with suppress(ProcessLookupError):
             os.kill(int(process.pid or 0), signal.SIGKILL)

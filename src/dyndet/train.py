@@ -26,6 +26,7 @@ from dyndet.lightning.interruption import Interruption, ending, leave_signals_al
 from dyndet.lightning.joint import JointModule
 from dyndet.lightning.step2 import router_parts
 from dyndet.lightning.stopping import keep_ends
+from dyndet.lightning.writing import WritePolicy, keep_logging, with_checkpoint_files
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.report.summary import print_summary
@@ -35,7 +36,8 @@ from dyndet.signals import deferred
 def train(config: DictConfig) -> dict[str, float]:
     """Runs one experiment and returns its last metrics."""
     seed_everything(config.seed, workers=True, verbose=False)
-    checkpoint = resume_path(config)
+    checkpoint = resume_path(config, rank_zero_info)
+    policy = WritePolicy(config.on_write_error)
     keep_ends(config)
     if text := train_random_layers(config):
         rank_zero_info(text)
@@ -79,9 +81,11 @@ def train(config: DictConfig) -> dict[str, float]:
         for group in ("logger", "callbacks")
     )
     callbacks.append(Interruption(timeout=config.rank_timeout))
-    trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
+    plugins = with_checkpoint_files(config.trainer, policy)
+    trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks, plugins=plugins)
     leave_signals_alone(trainer)
     for logger in loggers:
+        keep_logging(logger, policy)
         logger.log_hyperparams(hyperparameters(config, named=config.logged_env))
     folder = Path(config.output_dir)
     with closing(loggers), ending(trainer, folder):

@@ -37,6 +37,7 @@ from dyndet.cli.quoting import (
 )
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
+from dyndet.disk import BROKEN, FULL, about_the_disk
 from dyndet.errors import LostProcessError, UserError
 from dyndet.signals import Interrupted, end_workers, listening, received, stop
 
@@ -86,6 +87,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # a log on a full disk is lost without a traceback for every line
 
     def answer(error: Exception) -> str | None:
         """An exception in one line; None where its traceback is to be seen."""
@@ -134,9 +136,9 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
             raise
         _fail(explain(error, sys.argv[1:], config_name))
     except OSError as error:
-        if verbose or error.filename is None:
+        if verbose or (error.filename is None and error.errno not in FULL | BROKEN):
             raise
-        _fail(f"{error.filename}: {error.strerror}")
+        _fail(f"{error.filename or 'a file of this command'}: {error.strerror}")
 
 
 def _one_line(error: Exception, command: str) -> str | None:
@@ -145,6 +147,8 @@ def _one_line(error: Exception, command: str) -> str | None:
         text = str(error).rpartition(f"{type(error).__name__}: ")[2]
     elif isinstance(error, OmegaConfBaseException):
         text = explain(error, sys.argv[1:], command)
+    elif isinstance(error, OSError) and error.errno in FULL:
+        text = about_the_disk(error, Path(error.filename) if error.filename else None)
     elif (text := about_a_value(error)) is None:
         return None
     return " ".join(text.split())

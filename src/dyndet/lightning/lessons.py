@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.sampler import KeyedDataset, keyed_generator
+from dyndet.lightning.lesson_files import LessonFile, joined
 from dyndet.lightning.router_module import Lesson, learn
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.structures import Category, Sample
@@ -27,7 +26,8 @@ def collect(
 ) -> Lesson:
     """Runs both detectors over the training set.
 
-    What is done is kept in `folder`, so that an interrupted pass goes on where it stopped and a finished one is read.
+    What is done is kept in `folder`, so that an interrupted pass goes on where it stopped and a finished one is read;
+    what is damaged there is done again.
     Processes that start together each do all of it; those that start later find it done.
 
     Args:
@@ -42,8 +42,9 @@ def collect(
     keys = [(epoch, index) for epoch in range(passes) for index in range(images)]
     batches = [keys[i : i + data.batch_size] for i in range(0, len(keys), data.batch_size)]
     chunks = [batches[i : i + CHUNK] for i in range(0, len(batches), CHUNK)]
-    files = [folder / f"{number:05d}.pt" for number in range(len(chunks))]
-    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    files = [LessonFile(folder, number) for number in range(len(chunks))]
+    lessons = {number: file.read(sum(map(len, chunks[number]))) for number, file in enumerate(files)}
+    missing = [number for number, lesson in lessons.items() if lesson is None]
     if missing:
         detector.to(device).eval()
         detector.preprocess.train()  # the canvas is that of training
@@ -59,9 +60,9 @@ def collect(
         arriving = iter(track(loader, description="both detectors on every training image"))
         for number in missing:
             torch.manual_seed(data.seed + number)  # second stages draw samples
-            parts = [learn(detector, next(arriving).to(device)) for _ in chunks[number]]
-            _save(_joined(parts), files[number])
-    return _joined([Lesson(**torch.load(file, weights_only=True)) for file in files])
+            lesson = joined([learn(detector, next(arriving).to(device)) for _ in chunks[number]])
+            lessons[number] = files[number].write(lesson)
+    return joined([lesson for lesson in lessons.values() if lesson is not None])
 
 
 class Lessons:
@@ -95,14 +96,3 @@ class LessonDataModule(DetectionDataModule):
 
 def _batch(lessons: Sequence[Lesson]) -> Lesson:
     return Lesson(torch.stack([item.pooled for item in lessons]), torch.stack([item.losses for item in lessons], 1))
-
-
-def _joined(parts: Sequence[Lesson]) -> Lesson:
-    return Lesson(torch.cat([part.pooled for part in parts]), torch.cat([part.losses for part in parts], 1))
-
-
-def _save(lesson: Lesson, file: Path) -> None:
-    """All or nothing: an interruption leaves no half file."""
-    part = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")
-    torch.save({"pooled": lesson.pooled.cpu(), "losses": lesson.losses.cpu()}, part)
-    part.replace(file)

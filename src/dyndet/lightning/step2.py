@@ -20,6 +20,7 @@ from dyndet.cli.compose import build
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.lightning.content_key import content_key
+from dyndet.lightning.lesson_files import about_kept
 from dyndet.lightning.lessons import LessonDataModule, Lessons, collect
 from dyndet.lightning.router_module import RouterModule
 from dyndet.models.detectors.dynamic import DynamicDetector
@@ -51,8 +52,7 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
     if config.router.cached:
         device = _own_device(config.trainer.accelerator, config.trainer.devices)
         folder = Path(config.router.cache) / _fingerprint(config, data)
-        kept = "kept from an earlier pass" if any(folder.glob("*.pt")) else "new"
-        rank_zero_info(f"lessons: of {len(data.train)} training images, in {folder} ({kept})")
+        rank_zero_info(f"lessons: of {len(data.train)} training images, in {folder} ({about_kept(folder)})")
         lessons = collect(detector, data, passes=config.router.passes, device=device, folder=folder)
         data = _lesson_data(config, Lessons(lessons, data.categories))
     loss = config.router_loss
