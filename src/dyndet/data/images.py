@@ -24,6 +24,8 @@ from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from dyndet.data.pixel_values import to_rgb
+from dyndet.data.truncated import check_complete, truncated_allowed
+from dyndet.data.user_paths import lies_there
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Size
 
@@ -82,7 +84,12 @@ class Header:
 
 
 def read_image(
-    path: str | Path, *, annotated: Size | None = None, upright: bool = True, max_pixels: int = MAX_PIXELS
+    path: str | Path,
+    *,
+    annotated: Size | None = None,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    tolerant: bool = False,
 ) -> Tensor:
     """Decodes an image file to uint8 (3, H, W) RGB, upright.
 
@@ -94,12 +101,15 @@ def read_image(
         annotated: (H, W) that the annotations are for: where only the stored pixels have it, they are not turned.
         upright: whether the image is turned by its EXIF orientation where sizes do not tell.
         max_pixels: more are refused, judged by the header alone.
+        tolerant: reads files whose last bytes are missing, too; what is not there is black.
 
     Raises:
         DataError: if the file is missing, empty, truncated, too large or not an image.
     """
     with _opened(path, max_pixels) as (image, header):
         turn = header.reads_upright(annotated, upright)
+        if tolerant:
+            _load_what_is_there(image)
         rgb = to_rgb(image)
         if image.format == "TIFF":  # Pillow has turned it
             rgb = rgb if turn else _transposed(rgb, _BACK, header)
@@ -107,6 +117,13 @@ def read_image(
             rgb = _transposed(rgb, _TURNS, header)
         pixels = np.array(rgb)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _load_what_is_there(image: Image.Image) -> None:
+    with truncated_allowed():
+        image.load()
+    if image.format != "GIF":  # the last rows of a frame may be left out
+        check_complete(np.asarray(image.convert("RGB") if image.mode == "P" else image))
 
 
 def read_header(path: str | Path) -> Header:
@@ -162,12 +179,13 @@ def find_inside(root: str | Path, name: str | Path) -> Path:
         DataError: as `resolve_inside`, or if several files would fit.
     """
     path, text = resolve_inside(root, name), str(name)
-    if (text.isascii() and "\\" not in text and "%" not in text) or path.exists():
+    if (text.isascii() and "\\" not in text and "%" not in text) or lies_there(path):
         return path
     plain = [text, text.replace("\\", "/")]
     plain += [unquote(form) for form in plain]
     forms = dict.fromkeys(unicodedata.normalize(kind, form) for form in plain for kind in ("NFC", "NFD"))
-    found = [other for other in (resolve_inside(root, form) for form in forms if form) if other.is_file()]
+    others = [resolve_inside(root, form) for form in forms if form]
+    found = [other for other in others if lies_there(other) and other.is_file()]
     if len(found) > 1 and not all(other.samefile(found[0]) for other in found):
         raise DataError(f"file name {text!r} in {root} could be {found[0].name!r} or {found[1].name!r}: rename one")
     return found[0] if found else path

@@ -148,8 +148,9 @@ class LastCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, DivergedError):
             return  # the last good checkpoint stays
-        if trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException):
-            super().on_exception(trainer, pl_module, exception)
+        alone = trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if alone and self._should_save_on_exception(trainer):
+            self._save(trainer)  # in silence: what happened is said by the command, in one line
 
 
 def _ends_here(trainer: Trainer) -> bool:

@@ -25,7 +25,9 @@ from dyndet.lightning.router_module import RouterModule
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.dynamicdet.offset import make_offset
 
-_LOADING = ("num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint")
+_LOADING = (
+    "num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint", "on_error", "max_errors", "timeout",
+)  # fmt: skip
 
 
 def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterModule, DetectionDataModule]:
