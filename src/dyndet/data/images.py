@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
@@ -101,29 +102,37 @@ def read_image(
         annotated: (H, W) that the annotations are for: where only the stored pixels have it, they are not turned.
         upright: whether the image is turned by its EXIF orientation where sizes do not tell.
         max_pixels: more are refused, judged by the header alone.
-        tolerant: reads files whose last bytes are missing, too; what is not there is black.
+        tolerant: reads files whose last bytes are missing, too; what is not there is black or grey.
 
     Raises:
         DataError: if the file is missing, empty, truncated, too large or not an image.
     """
+    try:
+        return _decoded(path, annotated, upright, max_pixels)
+    except DataError:
+        if not tolerant:
+            raise
+    with truncated_allowed():
+        return _decoded(path, annotated, upright, max_pixels, check_complete)
+
+
+def _decoded(
+    path: str | Path,
+    annotated: Size | None,
+    upright: bool,
+    max_pixels: int,
+    check: Callable[[NDArray[np.uint8]], None] = lambda pixels: None,
+) -> Tensor:
     with _opened(path, max_pixels) as (image, header):
         turn = header.reads_upright(annotated, upright)
-        if tolerant:
-            _load_what_is_there(image)
         rgb = to_rgb(image)
+        check(np.asarray(rgb))
         if image.format == "TIFF":  # Pillow has turned it
             rgb = rgb if turn else _transposed(rgb, _BACK, header)
         elif turn:
             rgb = _transposed(rgb, _TURNS, header)
         pixels = np.array(rgb)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _load_what_is_there(image: Image.Image) -> None:
-    with truncated_allowed():
-        image.load()
-    if image.format != "GIF":  # the last rows of a frame may be left out
-        check_complete(np.asarray(image.convert("RGB") if image.mode == "P" else image))
 
 
 def read_header(path: str | Path) -> Header:

@@ -29,12 +29,17 @@ def truncated_allowed() -> Iterator[None]:
 
 
 def check_complete(pixels: NDArray[np.uint8]) -> None:
-    """Judges a decoded image (H, W, ...) by its last rows: what is not in the file stays black.
+    """Judges what was decoded (H, W, 3) of an incomplete file: rows that are not in it have one colour, black or grey.
 
     Raises:
         ValueError: if more than a few rows are missing.
     """
-    filled = np.flatnonzero(pixels.reshape(len(pixels), -1).any(1))
-    missing = len(pixels) - (int(filled[-1]) + 1 if len(filled) else 0)
-    if missing > max(8, MOST_MISSING * len(pixels)):  # a JPEG loses rows of blocks
+    missing = max(_plain(pixels), _plain(pixels[::-1]))  # BMP begins with the last row
+    if missing > max(16, MOST_MISSING * len(pixels)):  # a JPEG loses rows of blocks
         raise ValueError(f"it is truncated: {missing} of {len(pixels)} rows are missing")
+
+
+def _plain(pixels: NDArray[np.uint8]) -> int:
+    """How many of the last rows have the colour of the last pixel."""
+    other = np.flatnonzero((pixels != pixels[-1, -1]).any((1, 2)))
+    return len(pixels) - 1 - int(other[-1]) if len(other) else len(pixels)
