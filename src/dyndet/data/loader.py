@@ -6,13 +6,16 @@ Keys decide what is drawn, so batches are the same as if nothing had happened.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +69,29 @@ class Loader(DataLoader[Any]):
         # Here and now: a trainer may ask for the iterator before, and for its first batch after, the next epoch begins.
         return _Pass(self, list(self.batch_sampler or []))
 
-    def begin(self, batches: Sequence[Any]) -> Iterator[Loaded]:
-        """Sets the processes to these batches; new ones where there are none."""
+    def begin(self, batches: Sequence[Any]) -> tuple[Any, Callable[[], object]]:
+        """Sets the processes to these batches; new ones where there are none.
+
+        Returns:
+            What gives the batches, and what is to be called before the first: it waits for processes that are there.
+        """
         self._plan.batches = batches
-        if self._inner is None or self._iterator is None:  # trainers put an end to `_iterator`
-            self._inner = DataLoader(
-                self.dataset,
-                batch_sampler=self._plan,  # type: ignore[arg-type]
-                num_workers=self.num_workers,
-                collate_fn=self.collate_fn,
-                pin_memory=self.pin_memory,
-                worker_init_fn=_Begin(self.worker_init_fn) if self.num_workers else None,
-                generator=self.generator,
-                persistent_workers=self.persistent_workers,
-            )
+        if self._iterator is not None and self._inner is not None:
+            return self._iterator, partial(iter, self._inner)
+        self._inner = DataLoader(
+            self.dataset,
+            batch_sampler=self._plan,  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_Begin(self.worker_init_fn) if self.num_workers else None,
+            generator=self.generator,
+            persistent_workers=self.persistent_workers,
+        )
         with _own_sigchld():
             iterator: Any = iter(self._inner)
-        self._iterator = iterator if self.persistent_workers else None
-        return iterator
+        self._iterator = iterator if self.persistent_workers else None  # trainers put an end to it
+        return iterator, _nothing
 
     def abandon(self, iterator: Any) -> None:
         """Ends processes that may not answer any more."""
@@ -95,6 +103,10 @@ class Loader(DataLoader[Any]):
         for process in iterator._workers:
             process.join(5)
         self._iterator = None
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Plan:
@@ -139,7 +151,7 @@ class _Pass:
         self._done = 0
         self._given = 0
         self._lost: str | None = None
-        self._source = loader.begin(batches)
+        self._source, self._prepare = loader.begin(batches)
         self._pending: queue.SimpleQueue[Any] | None = None
 
     def __iter__(self) -> _Pass:
@@ -195,7 +207,7 @@ class _Pass:
                 "%s: all loader processes start again at batch %d of %d, so that nothing is lost",
                 lost, self._done + 1, len(self._batches),
             )  # fmt: skip
-            self._source = self._loader.begin(self._batches[self._done :])
+            self._source, self._prepare = self._loader.begin(self._batches[self._done :])
             return self._load()
 
     def _await(self) -> Loaded | None:
@@ -204,7 +216,9 @@ class _Pass:
         """
         if self._pending is None:  # else it was interrupted
             self._pending = queue.SimpleQueue()
-            threading.Thread(target=_receive, args=(self._source, self._pending), daemon=True).start()
+            arguments = (self._source, self._prepare, self._pending)
+            threading.Thread(target=_receive, args=arguments, daemon=True).start()
+            self._prepare = _nothing
         started = stopped = time.monotonic()
         while True:
             try:
@@ -259,11 +273,19 @@ class _Pass:
         return f"loader process {number + 1} of {self._loader.num_workers} ({doing})"
 
 
-def _receive(source: Iterator[Loaded], box: queue.SimpleQueue[Any]) -> None:
+def _receive(source: Iterator[Loaded], prepare: Callable[[], object], box: queue.SimpleQueue[Any]) -> None:
     try:
+        prepare()
         box.put(next(source, _END))
     except Exception as error:  # for the main thread to judge
         box.put(error)
+
+
+def _end_stopped() -> None:
+    """At the end of this process: it would wait for children that a signal has stopped."""
+    for child in multiprocessing.active_children():
+        if child.pid is not None and _is_stopped(child.pid):
+            child.kill()
 
 
 def _is_stopped(pid: int) -> bool:
@@ -285,3 +307,6 @@ def _own_sigchld() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+
+
+atexit.register(_end_stopped)

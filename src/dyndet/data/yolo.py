@@ -19,6 +19,9 @@ from dyndet.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+LONGEST = 1_000_000
+"""Characters of a line: a polygon of 50,000 corners. Numbers of one line take fifty times as much memory."""
+
 
 class YoloDataset(FileDataset):
     """Images with label files `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, relative to the image.
@@ -158,9 +161,11 @@ def _record(
     polygons: list[Segmentation] = []
     lines: list[int] = []
     for number, line in enumerate([] if file is None else _lines(file), start=1):
+        where = f"{file} line {number}"
+        if len(line) > LONGEST:
+            raise DataError(f"{where} is a line of {len(line)} characters, more than {LONGEST}: give one object a line")
         if not line.strip():
             continue
-        where = f"{file} line {number}"
         id, points = _parse(line, where, keypoints)
         used.add(id)
         if id not in labels:
