@@ -14,6 +14,7 @@ from dyndet.data.masks import Segmentation
 from dyndet.data.quarantine import Fault, OnError
 from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
 from dyndet.data.text_files import read_text
+from dyndet.data.user_paths import lies_there
 from dyndet.data.yolo_config import YoloConfig
 from dyndet.errors import DataError
 
@@ -140,6 +141,8 @@ def twins(folder: Path, bases: Sequence[Path]) -> list[Path]:
 
 
 def _texts(folder: Path) -> dict[str, Path]:
+    if not lies_there(folder):
+        return {}
     return {file.stem: file for file in folder.glob("*.[tT][xX][tT]")}
 
 
