@@ -26,6 +26,7 @@ from dyndet.errors import UserError
 from dyndet.lightning.callbacks import Progress
 from dyndet.lightning.collect import Collect
 from dyndet.lightning.detection import DetectionModule
+from dyndet.lightning.interruption import leave_signals_alone
 from dyndet.metrics.compute import ComputeReport
 from dyndet.models.detectors.base import Detector, TwinnedHead, routed_part
 from dyndet.models.detectors.dynamic import DynamicDetector
@@ -59,6 +60,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise UserError(f"{config.ckpt}: trainer.precision must be a word or a number: set trainer.precision=32-true")
     config.trainer.precision = precision
     trainer: Trainer = build(config.trainer, callbacks=[Progress(), collected])
+    leave_signals_alone(trainer)
     trainer.validate(module, data, verbose=False)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     report = module.compute.compute()

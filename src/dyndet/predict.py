@@ -36,6 +36,7 @@ from dyndet.report.draw import DRAWN_FROM, draw_detections
 from dyndet.report.gate_maps import preview, summary
 from dyndet.report.style import captioned
 from dyndet.routing import Routes, Routing
+from dyndet.signals import Interrupted, forget
 from dyndet.structures import Detections, Sample
 
 _FORMATS: dict[str, Callable[..., Writer]] = {
@@ -50,24 +51,25 @@ def predict(config: DictConfig) -> Path:
 
     Raises:
         UserError: on wrong settings.
-        SystemExit: with code 130 when interrupted, with 3 if there is nothing but files that cannot be read.
+        SystemExit: with code 130 or 143 when interrupted, with 3 if there is nothing but files that cannot be read.
     """
     saved = read_checkpoint(config.ckpt, trust=config.trust)
     given = list(config.source) if isinstance(config.source, ListConfig) else config.source
     sources = find_sources(given, leave_out=Path(config.out) / "pictures")
-    endless, interrupted = sources[0].kind == "camera", False
+    endless, interrupted, code = sources[0].kind == "camera", False, 0
     with ExitStack() as stack:
         job = _Job(config, saved, sources, stack)
         try:
             for source in sources:
                 job.run(source)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, Interrupted) as error:
+            interrupted, code = True, getattr(error, "code", 130)
+            forget()
     if job.done:
         job.print_summary()
     if interrupted and not endless:
         print(f"interrupted after {job.done} images and {job.skipped} that were skipped", file=sys.stderr)
-        raise SystemExit(130)
+        raise SystemExit(code)
     if not job.done and not interrupted:
         print(
             f"error: source={config.source}: none of {len(sources)} files can be read, see above why", file=sys.stderr

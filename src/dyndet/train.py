@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -22,12 +21,14 @@ from dyndet.data.layouts.describe import describe
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
+from dyndet.lightning.interruption import Interruption, ending, leave_signals_alone, tell_processes
 from dyndet.lightning.joint import JointModule
 from dyndet.lightning.step2 import router_parts
 from dyndet.lightning.stopping import keep_ends
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.report.summary import print_summary
+from dyndet.signals import deferred
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -78,19 +79,20 @@ def train(config: DictConfig) -> dict[str, float]:
         [build(item) for item in (config.get(group) or {}).values() if item and "_target_" in item]
         for group in ("logger", "callbacks")
     )
+    callbacks.append(Interruption(timeout=config.rank_timeout))
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
+    leave_signals_alone(trainer)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    try:
-        with closing(loggers):
+    folder = Path(config.output_dir)
+    with closing(loggers), ending(trainer, folder):
+        with deferred(tell_processes(trainer)):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-            finish(trainer, module, data, Path(config.output_dir))
-    except SIGTERMException:
-        raise SystemExit(143) from None  # what a scheduler expects of a job that it ended
+        finish(trainer, module, data, folder)
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     report = module.compute.compute()
     if trainer.is_global_zero:
-        print_summary(report, metrics, Path(config.output_dir))
+        print_summary(report, metrics, folder)
         if text := data.quarantine.summary() or images.quarantine.summary():
             print(text)
     return metrics

@@ -180,12 +180,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("batch", "kept"), [(5, True), (9, False)])
-def test_an_interruption_inside_a_window_changes_nothing(whole: Path, tmp_path: Path, batch: int, kept: bool) -> None:
-    """Since the last checkpoint no step was made after nine batches: that one stays."""
+@pytest.mark.parametrize("batch", [5, 9])
+def test_an_interruption_inside_a_window_changes_nothing(whole: Path, tmp_path: Path, batch: int) -> None:
     with pytest.raises(KeyError, match="power cut"):
         run(tmp_path, WINDOW, "trainer.max_epochs=2", cut(batch, "end"))
-    assert kept == ("gradients" in content(tmp_path)["callbacks"]["ExactResume"])
+    assert "gradients" in content(tmp_path)["callbacks"]["ExactResume"]
     run(tmp_path / "on", WINDOW, "trainer.max_epochs=2", last(tmp_path))
     assert same_weights(whole, tmp_path / "on")
 

@@ -67,7 +67,14 @@ def _process(rank: int, folder: Path, results: Any) -> None:
         results[rank] = whole, fit(ckpt=folder / "two.ckpt", processes=2)
         if rank == 0:  # alone in an interrupt: no process waits for another
             checkpoint: dict[str, Any] = {"callbacks": {"ExactResume": {"cpu": torch.get_rng_state()}}}
-            trainer: Any = SimpleNamespace(world_size=2, interrupted=True, accumulate_grad_batches=1)
+            loops = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit_loop
+            trainer: Any = SimpleNamespace(
+                world_size=2,
+                interrupted=True,
+                accumulate_grad_batches=1,
+                fit_loop=loops,
+                state=SimpleNamespace(fn="fit"),
+            )
             ExactResume().on_save_checkpoint(trainer, Drawing(), checkpoint)
             assert set(checkpoint["callbacks"]["ExactResume"]) == {"cpu"}
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ from dyndet.cli.quoting import check_single, check_words, expand_home, flags_and
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
 from dyndet.errors import UserError
+from dyndet.signals import Interrupted, listening, received, stop
 
 _HARMLESS = (
     ".*does not have many workers.*",
@@ -106,7 +108,17 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
             return _fail(text)
 
     try:
-        hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
+        with listening():
+            hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
+            if (name := received()) is not None:  # somebody has swallowed the exception
+                stop(name)
+    except Interrupted as interrupted:
+        if not interrupted.told:
+            print(f"interrupted by {interrupted.name}", file=sys.stderr)
+        _end_processes(ask=True)
+        for child in active_children():  # a loader's, which leave signals to this one
+            child.kill()
+        raise
     except (HydraException, OmegaConfBaseException) as error:
         if verbose:
             raise
@@ -165,12 +177,18 @@ def _standing_alone(running: Any) -> Iterator[None]:
         sys.argv[1:] = arguments
 
 
-def _end_processes() -> None:
-    """Those that joined a job: where it failed, Lightning's watch over them would end this process with them."""
+def _end_processes(*, ask: bool = False) -> None:
+    """Those that joined a job: where it failed, Lightning's watch over them would end this process with them.
+
+    Args:
+        ask: let those that still run know that it is over.
+    """
     for watch in threading.enumerate():
         if type(watch).__name__ == "_ChildProcessObserver":
             watched, watch._child_processes = getattr(watch, "_child_processes", []), []  # pyright: ignore
             for process in watched:
+                if ask:
+                    process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=60)
                 process.kill()  # if it hangs

@@ -26,6 +26,7 @@ from dyndet.data.waiting import Waiting
 from dyndet.data.workers import loader_workers
 from dyndet.errors import DataError, MissingDataError, UserError
 from dyndet.inputs import checked_targets
+from dyndet.signals import leave_to_main_process
 from dyndet.structures import Batch, Category, ImageBatch, Sample
 
 Source = DetectionDataset | Callable[..., DetectionDataset]
@@ -283,6 +284,7 @@ class DetectionDataModule(LightningDataModule):
             patience=self.timeout,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_to_main_process,
             pin_memory=self.pin_memory,
             # Its own generator: a loader that draws worker seeds from the global one shifts every later dropout mask.
             generator=keyed_generator(self.seed),

@@ -84,7 +84,7 @@ class Loader(DataLoader[Any]):
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
             pin_memory=self.pin_memory,
-            worker_init_fn=_Begin(self.worker_init_fn) if self.num_workers else None,
+            worker_init_fn=self.worker_init_fn,
             generator=self.generator,
             persistent_workers=self.persistent_workers,
         )
@@ -120,22 +120,6 @@ class _Plan:
 
     def __len__(self) -> int:
         return len(self.batches)
-
-
-class _Begin:
-    """The start of a loader process: Ctrl-C, which reaches all processes of a terminal, is for the main one to answer.
-
-    Args:
-        then: what else is done.
-    """
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if self.then is not None:
-            self.then(worker)
 
 
 class _LostError(Exception):
@@ -281,10 +265,10 @@ def _receive(source: Iterator[Loaded], prepare: Callable[[], object], box: queue
         box.put(error)
 
 
-def _end_stopped() -> None:
-    """At the end of this process: it would wait for children that a signal has stopped."""
+def _end_processes() -> None:
+    """At the end of this process, which would ask its loaders' processes to end and wait for those that cannot."""
     for child in multiprocessing.active_children():
-        if child.pid is not None and _is_stopped(child.pid):
+        if child.daemon:
             child.kill()
 
 
@@ -309,4 +293,4 @@ def _own_sigchld() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
 
 
-atexit.register(_end_stopped)
+atexit.register(_end_processes)

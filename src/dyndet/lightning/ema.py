@@ -27,6 +27,7 @@ class EMA(WeightAveraging):
         super().__init__()
         self.decay = decay
         self.ramp = ramp
+        self._exchanged = False  # the average is in the module
 
     def decay_after(self, updates: int) -> float:
         """The share of the old average in the next one."""
@@ -38,6 +39,15 @@ class EMA(WeightAveraging):
         """The module is still on the CPU here; its average goes where it will go."""
         if stage == "fit":
             self._average_model = HostCountedAverage(pl_module, trainer.strategy.root_device, self.decay_after)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Amid a validation: what is saved next is the module and its average, each in its place."""
+        if self._exchanged:
+            self._swap_models(pl_module)
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._exchanged = not self._exchanged
 
 
 class HostCountedAverage(AveragedModel):

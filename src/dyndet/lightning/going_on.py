@@ -63,11 +63,24 @@ def align_data(checkpoint: dict[str, Any], trainer: Trainer) -> None:
                 f"resuming is not exact: {batches - place} batches are done again, whose gradients were accumulated "
                 "but are not in the checkpoint, or of another trainer.accumulate_grad_batches"
             )
+    if same and callback.get("owes_validation"):
+        _validate_first(checkpoint["loops"]["fit_loop"])
     if place != batches:
         state["batches"] = place
         current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         for count in ("ready", "started", "processed", "completed"):
             current[count] += place - batches
+
+
+def _validate_first(loop: dict[str, Any]) -> None:
+    """Makes a checkpoint from before or amid a validation one from the beginning of that validation."""
+    counts = loop["epoch_loop.batch_progress"]
+    for progress in (counts["total"], counts["current"]):
+        progress["completed"] = progress["processed"]
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    validation["is_last_batch"] = False
+    for progress in (validation["total"], validation["current"]):
+        progress.update(ready=1, started=1, processed=0, completed=0)
 
 
 def forget_scores(checkpoint: dict[str, Any], module: LightningModule) -> None:

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
+from torch import Tensor, nn
 
 from dyndet.errors import DivergedError
+from dyndet.signals import Interrupted
 
 
 class ExactResume(Callback):
@@ -27,6 +27,10 @@ class ExactResume(Callback):
     that may have stopped elsewhere are not waited for, so that the checkpoint holds its writer's state alone), and with
     checkpoints from before states of all processes were kept.
 
+    A step that breaks off before its update is rolled back: random state and buffers (running statistics) are those of
+    its start. A checkpoint from before or amid a validation says so, and a resumed run validates first, see
+    `dyndet.lightning.going_on`.
+
     A checkpoint inside a window of gradient accumulation also holds the gradients of the window's first batches, of
     several processes their mean (after an interrupt its writer's). Where an interrupt came amid a backward pass there
     are none to keep, and the run goes back to the start of the window, see `dyndet.lightning.going_on`.
@@ -34,21 +38,30 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._pending: dict[str, Any] | None = None
+        self._restored = False
         self._whole = True  # gradients are those of whole batches
+        self._before: _State | None = None  # what a step or a validation that breaks off goes back to
+        self._updating = False  # weights may be half of this step and half of the one before
+        self._validated = -1  # batches before the last validation
+        self._together = False  # all processes save
+
+    @property
+    def restorable(self) -> bool:
+        """Whether a checkpoint written now would be of whole steps."""
+        return not self._updating
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        return state
+        return _random_state() if self._before is None else dict(self._before.random)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning dumps checkpoints on every process."""
-        alone = trainer.world_size == 1 or trainer.interrupted
+        alone = trainer.world_size == 1 or (trainer.interrupted and not self._together)
         if not alone:
             states: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(states, self.state_dict())
             checkpoint["callbacks"][self.state_key] = {"processes": states}
+        if self._owes_validation(trainer):
+            checkpoint["callbacks"][self.state_key]["owes_validation"] = True
         if self._whole and _inside_window(trainer):
             gradients = {name: _gradient(p, alone) for name, p in pl_module.named_parameters() if p.requires_grad}
             kept = {name: value for name, value in gradients.items() if value is not None}
@@ -58,7 +71,7 @@ class ExactResume(Callback):
             }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pending = state_dict
+        self._pending, self._restored = state_dict, False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         epochs = trainer.fit_loop.epoch_progress
@@ -71,8 +84,10 @@ class ExactResume(Callback):
             for name, parameter in pl_module.named_parameters():
                 if name in gradients:
                     parameter.grad = gradients[name].to(parameter.device, copy=True)
-            _restore(self._pending.get("processes", [self._pending]), trainer.global_rank)
+            if not self._restored:
+                self._restore(trainer)
             self._pending = None
+        self._before = _State(pl_module)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._whole = False
@@ -80,8 +95,74 @@ class ExactResume(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
         self._whole = False
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._updating = True
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._whole = True
+        self._whole, self._updating, self._before = True, False, None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if self._pending is not None and self._pending.get("owes_validation"):
+            self._restore(trainer)
+        self._before = _State(None)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._before, self._validated = None, _batches(trainer)["total"]["processed"]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Before the checkpoint callbacks, which save."""
+        self._together = isinstance(exception, Interrupted)
+        if self._before is not None and self.restorable:
+            self._before.put_back()
+
+    def _owes_validation(self, trainer: Trainer) -> bool:
+        """Whether the next thing to do is to validate."""
+        loop, counts = trainer.fit_loop.epoch_loop, _batches(trainer)
+        fetcher = trainer.fit_loop._data_fetcher
+        if trainer.state.fn != TrainerFn.FITTING or fetcher is None or trainer.sanity_checking:
+            return False
+        between = counts["current"]["ready"] == counts["current"]["processed"] > 0
+        return between and self._validated != counts["total"]["processed"] and loop._should_check_val_fx(fetcher)
+
+    def _restore(self, trainer: Trainer) -> None:
+        assert self._pending is not None
+        self._restored = True
+        _restore(self._pending.get("processes", [self._pending]), trainer.global_rank)
+
+
+class _State:
+    """Random state, and a copy of a module's buffers.
+
+    Args:
+        module: None keeps no buffers.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self.random = _random_state()
+        self._buffers = [] if module is None else list(module.buffers())
+        with torch.no_grad():
+            self._copies = [buffer.clone() for buffer in self._buffers]
+
+    def put_back(self) -> None:
+        """Undoes what has changed the buffers since."""
+        with torch.no_grad():
+            for buffer, copy in zip(self._buffers, self._copies, strict=True):
+                buffer.copy_(copy)
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _batches(trainer: Trainer) -> dict[str, Any]:
+    """Counts of batches, in all and in this epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.state_dict()
 
 
 def _inside_window(trainer: Trainer) -> bool:
@@ -89,7 +170,7 @@ def _inside_window(trainer: Trainer) -> bool:
     window = trainer.accumulate_grad_batches
     if window == 1:
         return False
-    done = trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]["processed"]
+    done = _batches(trainer)["current"]["processed"]
     return bool(done % window) and done < trainer.num_training_batches
 
 
@@ -146,11 +227,14 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, DivergedError):
-            return  # the last good checkpoint stays
-        alone = trainer.world_size == 1 or isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        if alone and self._should_save_on_exception(trainer):
-            self._save(trainer)  # in silence: what happened is said by the command, in one line
+        """Saves where it is safe to: not what diverges, nor half a step, nor when other processes have stopped."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        exact = [callback for callback in callbacks if isinstance(callback, ExactResume)]
+        if isinstance(exception, DivergedError) or trainer.sanity_checking or not all(c.restorable for c in exact):
+            return
+        stopped_together = trainer.world_size == 1 or isinstance(exception, Interrupted)
+        if trainer.state.fn == TrainerFn.FITTING and stopped_together and _batches(trainer)["total"]["processed"]:
+            self._save(trainer)
 
 
 def _ends_here(trainer: Trainer) -> bool:
