@@ -128,14 +128,14 @@ def _names(folder: Path) -> Iterator[Outcome]:
             place = folder / f"{kind} {format}"
             root, outside = _set(place)
             os.environ["HOME"] = str(outside)
-            said = ""
+            said, found, names = "", list[str](), list[str]()
             try:
                 with opened.heard() as names:
                     dataset = read(root, names_of(outside)[kind])
                     found = [dataset[index].target.path for index in range(len(dataset))]
                 said = f"read {found}"
             except DataError as error:
-                said, found = str(error), []
+                said = str(error)
             finally:
                 os.environ["HOME"] = before
             real = [os.path.realpath(path) for path in [*found, *names] if "\0" not in path]
@@ -174,6 +174,7 @@ def _xml(folder: Path) -> Iterator[Outcome]:
                 (root / place).mkdir(parents=True)
             (root / "ImageSets" / "Main" / "train.txt").write_text("1\n")
             (root / "Annotations" / "1.xml").write_bytes(text.replace("{0}", str(secret)).encode(encoding))
+            names: list[str] = []
             started = time.process_time()
             try:
                 with opened.heard() as names:

@@ -128,18 +128,18 @@ def _frames(folder: Path) -> Callable[[], Any]:
 
 BOMBS: dict[str, tuple[bool, Callable[[Path], Callable[[], Any]]]] = {
     "a PNG of 100 megapixels": (False, lambda folder: _images(folder, 10_000, 10_000)),
-    "a PNG of 400 megapixels": (False, lambda folder: _images(folder, 20_000, 20_000)),
-    "a PNG of 400 megapixels with alpha": (False, lambda folder: _images(folder, 20_000, 20_000, 6)),
-    "a PNG 65 million pixels wide": (False, lambda folder: _images(folder, 65_000_000, 1)),
-    "the size of 400 megapixels": (False, _header),
-    "a PNG with 500 MB of text": (False, _packed),
-    "an animation of 200 frames": (True, _frames),
     "json nested 5 million deep": (False, lambda folder: _coco(folder, b"[" * 5_000_000)),
     "json of 5 million digits": (False, lambda folder: _coco(folder, b'{"images": ' + b"9" * 5_000_000 + b"}")),
     "a label line of 60 MB": (False, lambda folder: _yolo(folder, "0 " + "0.5 " * 15_000_000)),
     "a label word of 60 MB": (False, lambda folder: _yolo(folder, "0 0.5 0.5 0.5 0." + "5" * 60_000_000)),
     "a label file of 10 GB": (False, _sparse),
     "a mask of 10^12 pixels": (False, _runs),
+    "a PNG of 400 megapixels": (False, lambda folder: _images(folder, 20_000, 20_000)),
+    "a PNG of 400 megapixels with alpha": (False, lambda folder: _images(folder, 20_000, 20_000, 6)),
+    "a PNG 65 million pixels wide": (False, lambda folder: _images(folder, 65_000_000, 1)),
+    "the size of 400 megapixels": (False, _header),
+    "a PNG with 500 MB of text": (False, _packed),
+    "an animation of 200 frames": (True, _frames),
 }
 """Whether it is read, and what reads it."""
 
