@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
 from dyndet.data.datamodule import DetectionDataModule
@@ -21,7 +22,7 @@ from dyndet.data.voc import VocDataset
 from dyndet.data.waiting import LEAST, Waiting
 from dyndet.data.yolo import YoloDataset
 from dyndet.errors import DataError, UserError
-from dyndet.structures import Sample
+from dyndet.structures import Batch, Sample
 
 
 class Broken(ShapesDataset):
@@ -182,3 +183,35 @@ def test_waiting_is_told_once_and_only_where_it_rules() -> None:
         assert not busy.waited(10 * step, 10 * step + 3)
     assert [bool(text) for text in told] == [step == 1 + LEAST // 9 for step in range(100)]
     assert "90% of the time" in next(filter(None, told)) and "data.num_workers" in next(filter(None, told))
+
+
+class Counter(LightningModule):
+    """Counts the images that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained: list[int] = []
+        self.validated: list[int] = []
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.trained += [target.image_id for target in batch.targets]
+        return self.weight.sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validated += [target.image_id for target in batch.targets]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("bad", [{2, 3}, {0, 1}, {6, 7}])
+def test_a_trainer_misses_no_batch(bad: set[int]) -> None:
+    """Whole batches of a validation are left out, the first and the last of it, too."""
+    counter, module = Counter(), data(bad)
+    switched_off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    trainer = Trainer(accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, use_distributed_sampler=False,
+                      **dict.fromkeys(switched_off, False))  # fmt: skip
+    trainer.fit(counter, module)
+    assert len(counter.trained) == 16 and not bad & set(counter.trained)
+    assert counter.validated == 2 * [index for index in range(8) if index not in bad]

@@ -95,13 +95,12 @@ class Loader(DataLoader[Any]):
 
     def abandon(self, iterator: Any) -> None:
         """Ends processes that may not answer any more."""
-        iterator._shutdown = True  # nothing is left to be waited for
-        if (done := getattr(iterator, "_pin_memory_thread_done_event", None)) is not None:
-            done.set()
         for process in iterator._workers:
             process.kill()
         for process in iterator._workers:
             process.join(5)
+        # Its pipes and threads may never answer either, so that nobody waits for this.
+        threading.Thread(target=iterator._shutdown_workers, daemon=True).start()
         self._iterator = None
 
 
