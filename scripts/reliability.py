@@ -53,7 +53,10 @@ def measure(row: Row) -> dict[str, Any]:
         try:
             for outcome in row.inject(Path(folder)):
                 outcomes.append(outcome)
-                print(f"{row.id} {'ok' if outcome.survived else 'FAILED'} {outcome.case} {outcome.said}", flush=True)
+                if not outcome.survived:
+                    print(f"{row.id} FAILED {outcome.case}: {outcome.said}", flush=True)
+                if len(outcomes) % 10 == 0:
+                    print(f"{row.id} {len(outcomes)} injected", flush=True)
         except Exception as error:  # a row that breaks is a row that failed
             traceback.print_exc()
             outcomes.append(Outcome("the check itself", False, f"{type(error).__name__}: {error}"))

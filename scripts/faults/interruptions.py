@@ -15,7 +15,8 @@ from faults.row import Outcome, Row
 HOOKS = [
     "on_before_backward", "on_validation_batch_start", "on_before_optimizer_step", "on_train_batch_end",
     "on_after_backward", "on_validation_batch_end", "on_train_batch_start", "on_validation_end", "on_before_zero_grad",
-    "on_validation_start", "on_train_epoch_end", "on_save_checkpoint", "on_validation_epoch_end", "on_train_start",
+    "on_validation_start", "on_sanity_check_start", "on_train_epoch_end", "on_save_checkpoint",
+    "on_validation_epoch_end", "on_train_start",
 ]  # fmt: skip
 SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"]
 
@@ -32,7 +33,7 @@ def moments() -> Iterator[tuple[str, int, str]]:
     for round_ in range(3):
         for hook in HOOKS:
             possible = calls.get(hook, [2, 5, 4])
-            if round_ < len(possible) and number < 24:
+            if round_ < len(possible) and number < 26:
                 yield hook, possible[round_], SIGNALS[number % 3]
                 number += 1
 
@@ -40,10 +41,15 @@ def moments() -> Iterator[tuple[str, int, str]]:
 def interrupted(family: str, folder: Path) -> Iterator[Outcome]:
     for number, (hook, call, name) in enumerate(moments()):
         workers = 2 if number % 8 == 7 else 0
-        runs.Disturb.action = staticmethod(runs.send(getattr(signal, name)))
+        runs.Disturb.actions.append(runs.send(getattr(signal, name)))
         where = folder / str(number)
         case = f"{family}: {name} at {hook} {call}, {workers} workers"
-        yield _outcome(case, family, folder, where, name, runs.disturbed(hook, call), f"data.num_workers={workers}")
+        keys = (f"data.num_workers={workers}", f"trainer.num_sanity_val_steps={2 * ('sanity' in hook)}")
+        outcome = _outcome(case, family, folder, where, name, runs.disturbed(hook, call), *keys)
+        if not runs.Disturb.done:  # so often it is not called in this family
+            case = f"{family}: {name} at {hook} 1, {workers} workers"
+            outcome = _outcome(case, family, folder, where / "1", name, runs.disturbed(hook, 1), *keys)
+        yield outcome
 
 
 def terminated(family: str, folder: Path) -> Iterator[Outcome]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -24,17 +24,17 @@ from dyndet.train import train
 
 _SMALL = [
     "data.size=64", "data.train_images=16", "data.val_images=4", "data.batch_size=4", "data.val_batch_size=2",
-    "trainer.accelerator=cpu", "trainer.max_epochs=3", "neck.channels=16", "~callbacks.progress",
+    "trainer.accelerator=cpu", "trainer.max_epochs=3", "~callbacks.progress",
     "~callbacks.preview", "~callbacks.density", "~callbacks.learning_rate", "logger=[]", "trainer.log_every_n_steps=1",
 ]  # fmt: skip
-_HEAD = ["head.depth=1", "head.norm_groups=4"]
-_TOWER = ["head.num_convs=1", "head.norm_groups=4"]
+_HEAD = ["neck.channels=16", "head.depth=1", "head.norm_groups=4"]
+_TOWER = ["neck.channels=16", "head.num_convs=1", "head.norm_groups=4"]
 
 FAMILIES: dict[str, tuple[str, list[str]]] = {
     "fine-grained": ("shapes_dyn", [*_SMALL, *_HEAD]),
-    "fine-grained, averaged": ("shapes_dyn", [*_SMALL, *_HEAD, "callbacks=[default,ema]", *_SMALL[8:11]]),
+    "fine-grained, averaged": ("shapes_dyn", [*_SMALL, *_HEAD, "+callbacks.ema={_target_: dyndet.lightning.ema.EMA}"]),
     "fine-grained, accumulated": ("shapes_dyn", [*_SMALL, *_HEAD, "trainer.accumulate_grad_batches=3"]),
-    "dyhead": ("shapes_dyn", [*_SMALL, "head=dyhead", "head.depth=1", "head.norm_groups=4"]),
+    "dyhead": ("shapes_dyn", [*_SMALL, "neck.channels=16", "head=dyhead", "head.num_blocks=1"]),
     "cascade": ("shapes_dy_tiny", [*_SMALL, *_TOWER]),
     "router": ("shapes_dy_tiny", [*_SMALL, *_TOWER, "+router=exact", "router.batch_size=4", "trainer.max_epochs=3"]),
     "yolo with mosaics": ("shapes_dy_yolo", _SMALL),
@@ -116,12 +116,14 @@ def start(family: str, root: Path) -> tuple[str, ...]:
 
 
 class Disturb(Callback):
-    """Does something, once, when a hook is called for the n-th time."""
+    """Does the last of `actions`, once, when a hook is called for the n-th time."""
 
-    action: Callable[[], None] = staticmethod(lambda: None)
+    done: ClassVar[bool] = False
+    actions: ClassVar[list[Callable[[], None]]] = []
 
     def __init__(self, hook: str, call: int) -> None:
         self.hook, self.call, self.calls = hook, call, 0
+        type(self).done = False
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("on_") and name == object.__getattribute__(self, "hook"):
@@ -131,7 +133,8 @@ class Disturb(Callback):
     def _called(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self.calls += 1
         if self.calls == self.call:
-            type(self).action()
+            type(self).done = True
+            self.actions[-1]()
 
 
 def disturbed(hook: str, call: int) -> str:

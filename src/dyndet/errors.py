@@ -27,6 +27,10 @@ class DivergedError(UserError):
     """Training that cannot recover."""
 
 
+class LostProcessError(UserError):
+    """Another process of a run is gone, or does not answer: nothing that waits for it must be tried."""
+
+
 def reason(error: Exception) -> str:
     """What an exception of another library says, in one line; its kind where it says nothing."""
     lines = str(error).strip().splitlines()

@@ -10,8 +10,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import active_children
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
 """Exit codes: 128 and the number of the signal; a warning that the time is up is what a termination is."""
 
 _OURS = [getattr(signal, name) for name in CODES if hasattr(signal, name)]
+_ENDING: set[int] = set()
 _FREE = (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -42,6 +44,7 @@ class _Received:
 
     Attributes:
         name: of the first signal.
+        all: names of those that came since.
         raised: whether `Interrupted` was raised for it.
         blocks: how many blocks are listening; the last one forgets what was received.
         deferred: how many blocks are running that signals must not break.
@@ -49,6 +52,7 @@ class _Received:
     """
 
     name: str | None = None
+    all: set[str] = field(default_factory=set)
     raised = False
     blocks = 0
     deferred = 0
@@ -114,29 +118,47 @@ def stop(name: str) -> NoReturn:
 def forget() -> None:
     """What was received is done with."""
     _RECEIVED.name, _RECEIVED.raised = None, False
+    _RECEIVED.all.clear()
 
 
 def leave_to_main_process(*_: object) -> None:
     """For processes that work for this one, such as those of a loader: signals to the whole group are not for them.
 
-    They end when the main process does.
+    The main process ends them, see `end_workers_at_exit`.
     """
     for number in _OURS:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers_at_exit() -> None:
+    """Ends processes that `leave_to_main_process` when this one ends: asked to, as usual, they would not."""
+    if os.getpid() not in _ENDING:
+        _ENDING.add(os.getpid())
+        Finalize(None, end_workers, exitpriority=10)
+
+
+def end_workers() -> None:
+    """Ends all daemonic processes of this one, at once."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch calls the end of a loader's process an error
+    for child in active_children():
+        if child.daemon:
+            child.kill()
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
-    again = name == "SIGINT" and _RECEIVED.name == name
+    again = name in _RECEIVED.all
+    _RECEIVED.all.add(name)
     _RECEIVED.name = _RECEIVED.name or name
-    if again:
+    if again and name == "SIGINT":
         _say("interrupted again: ended at once\n")
-        for child in active_children():
-            child.kill()
+        end_workers()
         os._exit(CODES[name])
     if not _RECEIVED.deferred:
         stop(name)
-    _say(f"{name}: the step is finished and saved first{'; Ctrl-C again ends at once' if name == 'SIGINT' else ''}\n")
+    if not again:  # schedulers repeat theirs
+        _say(f"{name}: the step is finished and saved first{'; Ctrl-C again ends at once' * (name == 'SIGINT')}\n")
     forward, _RECEIVED.forward = _RECEIVED.forward, None
     if forward is not None:
         forward()

@@ -17,6 +17,7 @@ from dyndet.checkup.examination import check_before_training
 from dyndet.cli.command import run
 from dyndet.cli.compose import build
 from dyndet.cli.from_data import follow_data
+from dyndet.cli.hyperparameters import hyperparameters
 from dyndet.data.layouts.describe import describe
 from dyndet.errors import UserError
 from dyndet.lightning.detection import DetectionModule
@@ -83,7 +84,7 @@ def train(config: DictConfig) -> dict[str, float]:
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
     leave_signals_alone(trainer)
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+        logger.log_hyperparams(hyperparameters(config, named=config.logged_env))
     folder = Path(config.output_dir)
     with closing(loggers), ending(trainer, folder):
         with deferred(tell_processes(trainer)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -100,24 +102,11 @@ def test_a_corrupt_image_costs_one_line_from_a_worker_too(tmp_path: Path) -> Non
     assert "worker" not in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_a_termination_leaves_a_checkpoint_and_says_so(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "dyndet.train", *TINY, "trainer.max_epochs=200"]
-    process = subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("outputs/*/*/checkpoints/last.ckpt")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143  # 128 + 15, what schedulers expect
-
-
-@pytest.mark.slow
-def test_an_interrupt_leaves_a_checkpoint_and_last_continues(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "dyndet.train", *TINY, "trainer.max_epochs=200"]
+def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A run that has been validated once."""
     process = subprocess.Popen(
-        line,
-        cwd=tmp_path,
+        [sys.executable, "-m", "dyndet.train", *TINY, "trainer.max_epochs=200", *arguments],
+        cwd=folder,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -125,18 +114,49 @@ def test_an_interrupt_leaves_a_checkpoint_and_last_continues(tmp_path: Path) -> 
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("outputs/*/*/checkpoints/last.ckpt")):
+    while not list(folder.glob("outputs/*/*/checkpoints/last.ckpt")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
+    return process
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_prints_the_command_that_goes_on(tmp_path: Path) -> None:
+    process = started(tmp_path, "optim.optimizer.lr=2e-3")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0, output
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert "interrupted by SIGINT at step" in output
+    (line,) = [line for line in output.splitlines() if "python -m dyndet.train" in line]
     (run,) = tmp_path.glob("outputs/shapes_dyn/*")
+    last = f"ckpt_path={run.relative_to(tmp_path)}/checkpoints/last.ckpt"
+    assert shlex.split(line)[3:] == [*TINY, "trainer.max_epochs=200", "optim.optimizer.lr=2e-3", last]
     reached = json.loads((run / "result.json").read_text())["epoch"]
-    result = command(tmp_path, "train", *TINY, f"trainer.max_epochs={reached + 3}", "ckpt_path=last")
+    result = forked(tmp_path, "train", *shlex.split(line)[3:], f"trainer.max_epochs={reached + 3}")
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.glob("outputs/shapes_dyn/*")] == [run.name]  # the same folder
     assert json.loads((run / "result.json").read_text())["step"] == 6 * (reached + 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["the first", "all"])
+def test_two_processes_end_together(tmp_path: Path, to: str) -> None:
+    process = started(tmp_path, "trainer.devices=2", "trainer.strategy=ddp")
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    children = [int(pid) for pid in listed.stdout.split()]
+    for pid in [process.pid, *(children if to == "all" else [])]:
+        os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 143, output  # 128 + 15, what schedulers expect
+    assert output.count("interrupted by SIGTERM at step") == 1 and "Traceback" not in output
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_key_may_be_added_that_is_there(tmp_path: Path) -> None:
+    result = forked(tmp_path, "train", *TINY, "+trainer.accumulate_grad_batches=2", "--cfg=job", "--package=trainer")
+    assert result.returncode == 0 and "accumulate_grad_batches: 2" in result.stdout, result.stderr
 
 
 @pytest.mark.slow

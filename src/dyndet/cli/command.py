@@ -11,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,11 +26,19 @@ from dyndet.cli.compose import check_choices, config_source, explain
 from dyndet.cli.configured import about_a_value, check_ranges
 from dyndet.cli.folders import run_folder
 from dyndet.cli.jobs import run_job
-from dyndet.cli.quoting import check_single, check_words, expand_home, flags_and_overrides, raw, read_paths
+from dyndet.cli.quoting import (
+    added_or_set,
+    check_single,
+    check_words,
+    expand_home,
+    flags_and_overrides,
+    raw,
+    read_paths,
+)
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
-from dyndet.errors import UserError
-from dyndet.signals import Interrupted, listening, received, stop
+from dyndet.errors import LostProcessError, UserError
+from dyndet.signals import Interrupted, end_workers, listening, received, stop
 
 _HARMLESS = (
     ".*does not have many workers.*",
@@ -69,7 +76,9 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     flags, overrides = flags_and_overrides(sys.argv[1:])
-    sys.argv[1:], changed = read_paths([*overrides, *flags])  # --info would take an override for its value
+    sys.argv[1:], changed = read_paths(
+        [*map(added_or_set, overrides), *flags]
+    )  # --info would take an override for its value
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     # What the user wants: processes that join a run inherit both.
     verbose = os.environ.setdefault(_VERBOSE, os.environ.get("HYDRA_FULL_ERROR", "")) == "1"
@@ -105,6 +114,9 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         except Exception as error:  # here, because Hydra would announce it with a line of its own
             if (text := answer(error)) is None:
                 raise
+            if isinstance(error, LostProcessError):  # to close what is shared with it would wait for it
+                print(f"error: {text}", file=sys.stderr, flush=True)
+                os._exit(2)
             return _fail(text)
 
     try:
@@ -116,8 +128,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         if not interrupted.told:
             print(f"interrupted by {interrupted.name}", file=sys.stderr)
         _end_processes(ask=True)
-        for child in active_children():  # a loader's, which leave signals to this one
-            child.kill()
+        end_workers()
         raise
     except (HydraException, OmegaConfBaseException) as error:
         if verbose:

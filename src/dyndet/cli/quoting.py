@@ -88,6 +88,11 @@ def read_paths(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return read, {old: new for old, new in zip(arguments, read, strict=True) if old != new}
 
 
+def added_or_set(argument: str) -> str:
+    """`+a.b=c`, which is refused where that key is there (in a later version, say), as `++a.b=c`, which sets it."""
+    return f"+{argument}" if re.match(r"\+\w+(\.\w+)+=", argument) else argument
+
+
 def advice(argument: str) -> str:
     """How to write an argument that Hydra cannot read, for a shell."""
     key, _, value = argument.partition("=")

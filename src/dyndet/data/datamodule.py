@@ -26,7 +26,7 @@ from dyndet.data.waiting import Waiting
 from dyndet.data.workers import loader_workers
 from dyndet.errors import DataError, MissingDataError, UserError
 from dyndet.inputs import checked_targets
-from dyndet.signals import leave_to_main_process
+from dyndet.signals import end_workers_at_exit, leave_to_main_process
 from dyndet.structures import Batch, Category, ImageBatch, Sample
 
 Source = DetectionDataset | Callable[..., DetectionDataset]
@@ -277,6 +277,7 @@ class DetectionDataModule(LightningDataModule):
             replace: whether another image takes the place of an unusable one.
             **kwargs: of a `Loader`.
         """
+        end_workers_at_exit()
         return Loader(
             self._drawing(dataset, replace=replace, workers=self.num_workers),
             collate_fn=Gather(self.collate),

@@ -6,9 +6,7 @@ Keys decide what is drawn, so batches are the same as if nothing had happened.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
 import queue
 import signal
 import threading
@@ -264,13 +262,6 @@ def _receive(source: Iterator[Loaded], prepare: Callable[[], object], box: queue
         box.put(error)
 
 
-def _end_processes() -> None:
-    """At the end of this process, which would ask its loaders' processes to end and wait for those that cannot."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
 def _is_stopped(pid: int) -> bool:
     """Whether a signal has stopped a process, where the system tells."""
     try:
@@ -290,6 +281,3 @@ def _own_sigchld() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
-
-
-atexit.register(_end_processes)

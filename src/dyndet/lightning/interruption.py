@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import threading
@@ -18,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from dyndet.errors import UserError
+from dyndet.errors import LostProcessError, UserError
 from dyndet.signals import Interrupted, received, stop
 
 
@@ -82,8 +83,9 @@ class Agreement:
         self._work: Any = None
         self._signals = ("SIGTERM", "SIGINT", "SIGUSR1")
         self._asked = torch.zeros(1, dtype=torch.int64)
-        with suppress(AttributeError, RuntimeError, ValueError):  # the run's own group waits half an hour
-            dist.distributed_c10d._set_pg_timeout(limit, dist.group.WORLD)  # pyright: ignore
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        with suppress(RuntimeError, ValueError):  # the run's own group waits half an hour
+            set_timeout(limit, dist.group.WORLD)
 
     def ask(self, name: str | None) -> None:
         """Begins to ask; `name` is the signal that this process has received."""
@@ -115,9 +117,10 @@ def ending(trainer: Trainer, folder: Path) -> Iterator[None]:
         raise
     except RuntimeError as error:
         if trainer.world_size > 1 and _of_another_process(error):
-            raise UserError(
-                f"another process of this run ended or did not answer ({str(error).splitlines()[0][:120]}): what ended "
-                "it is said above, if it could. ckpt_path=last goes on from the last checkpoint"
+            text = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])  # where in the library
+            raise LostProcessError(
+                f"another process of this run ended or did not answer ({text[:80]}): what ended it is said above, if "
+                "it could. ckpt_path=last goes on from the last checkpoint"
             ) from error
         raise
 
