@@ -17,7 +17,7 @@ from dyndet.data.faults import read_all
 from dyndet.data.images import SUFFIXES, read_header, resolve_inside
 from dyndet.data.quarantine import Fault, OnError
 from dyndet.data.records import FileDataset, Record, Repairs
-from dyndet.data.text_files import read_text
+from dyndet.data.text_files import LARGEST, read_text
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
@@ -192,6 +192,8 @@ def _read_inside(path: Path) -> _Page:
 
 def _read(path: Path) -> _Page:
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
         page = parse(path, forbid_dtd=True).getroot()  # entities, the dangerous part, need a DTD
     except DefusedXmlException as error:
         raise DataError(f"{path} holds a DTD or entities ({error}): remove them, annotations need none") from error
