@@ -41,7 +41,8 @@ def train(config: DictConfig) -> dict[str, float]:
     keep_ends(config)
     if text := train_random_layers(config):
         rank_zero_info(text)
-    data = build(config.data.module)
+    data = images = build(config.data.module)
+    data.quarantine.keep(config.output_dir)
     data.setup("fit")  # first: wrong paths show before anything slow, and the model gets the classes of the data
     if "num_classes" in config.data:
         config.data.num_classes = data.num_classes
@@ -53,6 +54,7 @@ def train(config: DictConfig) -> dict[str, float]:
         rank_zero_info(f"data: {line}")
     if "router_loss" in config:
         module, data = router_parts(config, data)
+        data.quarantine.keep(config.output_dir)
     else:
         if not (config.init is None and checkpoint is None) and "weights" in config.backbone:
             config.backbone.weights = "none"  # they come from the checkpoint
@@ -96,6 +98,8 @@ def train(config: DictConfig) -> dict[str, float]:
     report = module.compute.compute()
     if trainer.is_global_zero:
         print_summary(report, metrics, folder)
+        if text := data.quarantine.summary() or images.quarantine.summary():
+            print(text)
     return metrics
 
 

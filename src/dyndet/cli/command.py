@@ -47,6 +47,7 @@ _HARMLESS = (
     ".*dataloader is not resumable.*",  # it is: see data/sampler.py
     ".*module.s. in eval mode at the start of training.*",  # frozen parts
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
+    "Image size .* could be decompression bomb.*",  # data/images.py has a lower limit
     ".*recommended to use .self.log.*sync_dist=True.*",  # what is logged of a validation has been gathered
     # Hydra 1.4 of what goes in 1.5, which pyproject.toml leaves out: 1.3 has nothing else.
     ".*register_new_resolver.. is deprecated.*",

@@ -15,7 +15,7 @@ from dyndet.data.sampler import KeyedDataset, keyed_generator
 from dyndet.lightning.lesson_files import LessonFile, joined
 from dyndet.lightning.router_module import Lesson, learn
 from dyndet.models.detectors.dynamic import DynamicDetector
-from dyndet.structures import Category, Sample
+from dyndet.structures import Category
 
 CHUNK = 64
 """Batches that go into one file."""
@@ -50,13 +50,7 @@ def collect(
         detector.preprocess.train()  # the canvas is that of training
         dataset = KeyedDataset(data.train, data.train_transform, data.seed, data.train_mix)
         wanted = [batch for number in missing for batch in chunks[number]]
-        loader = DataLoader(
-            dataset,
-            batch_sampler=wanted,  # type: ignore[arg-type]
-            collate_fn=data.collate,
-            num_workers=data.num_workers,
-            generator=keyed_generator(data.seed),
-        )
+        loader = data.loader(dataset, batch_sampler=wanted)
         arriving = iter(track(loader, description="both detectors on every training image"))
         for number in missing:
             torch.manual_seed(data.seed + number)  # second stages draw samples
@@ -88,10 +82,11 @@ class Lessons:
 class LessonDataModule(DetectionDataModule):
     """A data module whose training set are `Lessons`; everything else is as of `DetectionDataModule`."""
 
-    def _loader(self, dataset: KeyedDataset, **kwargs: Any) -> DataLoader[Sample]:
+    def loader(self, dataset: KeyedDataset, *, replace: bool = True, **kwargs: Any) -> DataLoader[Any]:
         if isinstance(dataset.dataset, Lessons):
-            return DataLoader(dataset, collate_fn=_batch, generator=keyed_generator(self.seed), **kwargs)
-        return super()._loader(dataset, **kwargs)
+            batches = kwargs["batch_sampler"]
+            return DataLoader(dataset, collate_fn=_batch, generator=keyed_generator(self.seed), batch_sampler=batches)
+        return super().loader(dataset, replace=replace, **kwargs)
 
 
 def _batch(lessons: Sequence[Lesson]) -> Lesson:

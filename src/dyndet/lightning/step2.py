@@ -26,7 +26,9 @@ from dyndet.lightning.router_module import RouterModule
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.dynamicdet.offset import make_offset
 
-_LOADING = ("num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint")
+_LOADING = (
+    "num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint", "on_error", "max_errors", "timeout",
+)  # fmt: skip
 
 
 def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterModule, DetectionDataModule]:
@@ -128,7 +130,9 @@ def _fingerprint(config: DictConfig, images: DetectionDataModule) -> str:
     data: Any = OmegaConf.to_container(config.data.module, resolve=True)
     data = {key: value for key, value in data.items() if not key.startswith("val") and key not in _LOADING}
     if isinstance(data.get("folder"), dict):  # which images train, their content says
-        data["folder"] = {key: value for key, value in data["folder"].items() if not key.startswith("val")}
+        data["folder"] = {
+            key: value for key, value in data["folder"].items() if not key.startswith("val") and key not in _LOADING
+        }
     detector: Any = OmegaConf.to_container(config.detector, resolve=True)
     detector = {key: value for key, value in detector.items() if key != "router"}
     digest = hashlib.blake2b(digest_size=8)
