@@ -5,7 +5,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test reliability lint types docs bench bench-gpu kernels wheel clean
+.PHONY: help setup train test reliability floors audit lint types docs bench bench-gpu kernels wheel clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 12
@@ -28,6 +28,13 @@ test: $(READY)  ## run the tests (ARGS="-m 'not slow'" for a quick round, ARGS=-
 
 reliability: $(READY)  ## inject faults, count what survives, write docs/reliability.md (ARGS="R2 R5.1" for single rows)
 	$(BIN)/python scripts/reliability.py $(ARGS)
+
+floors: $(READY)  ## install the oldest versions that pyproject.toml allows and run the quick tests with them
+	$(BIN)/python scripts/check_floors.py $(ARGS)
+
+audit: $(READY)  ## licences of all dependencies, and what public databases know of the pinned versions (needs a network)
+	$(BIN)/python scripts/check_licences.py video wandb tensorboard sweep slurm
+	uv=$$(command -v uv || echo $(BIN)/uv); $$uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: $(READY)  ## ruff: style and formatting
 	$(BIN)/ruff check src kernels scripts tests

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -52,9 +53,8 @@ def licences(extras: set[str]) -> Iterator[tuple[str, str, bool]]:
 
 
 def _licence(package: Distribution) -> str:
-    fields = package.metadata
-    expression = fields.get("License-Expression")
-    if expression:
+    fields: Any = package.metadata
+    if expression := fields.get("License-Expression"):
         return expression
     classified = [item.split(" :: ")[-1] for item in fields.get_all("Classifier") or [] if item.startswith("License")]
     lines = (fields.get("License") or "").strip().splitlines()
