@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from multiprocessing import get_context
@@ -74,6 +75,20 @@ def test_what_was_received_can_be_done_with() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         forget()
         assert received() is None
+
+
+class Deleted:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_is_not_lost_where_exceptions_are(capfd: pytest.CaptureFixture[str]) -> None:
+    """They are ignored in `__del__`."""
+    with pytest.raises(Interrupted) as error, listening():
+        Deleted()
+        for _ in range(1000):
+            time.sleep(0.01)
+    assert error.value.code == 130 and not capfd.readouterr().err
 
 
 def ends_with(act: Callable[[], None]) -> int | None:

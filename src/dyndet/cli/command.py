@@ -63,6 +63,20 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     Set HYDRA_FULL_ERROR=1 to see the whole traceback of such a mistake.
     """
+    try:
+        with listening():
+            _run(task, config_name)
+            if (name := received()) is not None:  # somebody has swallowed the exception
+                stop(name)
+    except Interrupted as interrupted:
+        if not interrupted.told:
+            print(f"interrupted by {interrupted.name}", file=sys.stderr)
+        _end_processes(ask=True)
+        end_workers()
+        raise
+
+
+def _run(task: Callable[[DictConfig], object], config_name: str) -> None:
     if (text := command_help(config_name, sys.argv[1:])) is not None:
         print(text)
         return
@@ -77,9 +91,8 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     flags, overrides = flags_and_overrides(sys.argv[1:])
-    sys.argv[1:], changed = read_paths(
-        [*map(added_or_set, overrides), *flags]
-    )  # --info would take an override for its value
+    overrides = [added_or_set(item) for item in overrides]
+    sys.argv[1:], changed = read_paths([*overrides, *flags])  # --info would take an override for its value
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     # What the user wants: processes that join a run inherit both.
     verbose = os.environ.setdefault(_VERBOSE, os.environ.get("HYDRA_FULL_ERROR", "")) == "1"
@@ -122,16 +135,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
             return _fail(text)
 
     try:
-        with listening():
-            hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
-            if (name := received()) is not None:  # somebody has swallowed the exception
-                stop(name)
-    except Interrupted as interrupted:
-        if not interrupted.told:
-            print(f"interrupted by {interrupted.name}", file=sys.stderr)
-        _end_processes(ask=True)
-        end_workers()
-        raise
+        hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         if verbose:
             raise
