@@ -30,7 +30,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["fine-grained, averaged", "cascade"])
 def test_a_run_ends_as_if_it_had_not_been_interrupted(family: str, tmp_path: Path) -> None:
-    for outcome in islice(interruptions.interrupted(family, tmp_path), 3):
+    for outcome in islice(interruptions.interrupted(family, tmp_path), 2):
         assert outcome.survived, outcome
 
 
