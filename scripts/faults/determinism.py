@@ -29,8 +29,8 @@ def same_seed(folder: Path) -> Iterator[Outcome]:
         for name in ("again", "two workers"):
             found = runs.differences(here["one"], here[name])
             yield Outcome(f"{family}: {name}", not found, ", ".join(found[:4]))
-        runs.run(family, folder / family / "other", *given, "seed=1")
-        differs = bool(runs.differences(here["one"], folder / family / "other"))
+        runs.run(family, own / "other", *given, "seed=1")
+        differs = bool(runs.differences(here["one"], own / "other"))
         yield Outcome(f"{family}: another seed differs", differs, "another seed gives the same")
 
 
