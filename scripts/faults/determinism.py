@@ -16,16 +16,12 @@ STEPS, VALIDATIONS = 2000, 20
 
 
 def same_seed(folder: Path) -> Iterator[Outcome]:
-    for family in runs.FAMILIES:
-        given = runs.start(family, folder / family)
-        here = {}
-        for name, key in (
-            ("one", "data.num_workers=0"),
-            ("again", "data.num_workers=0"),
-            ("two workers", "data.num_workers=2"),
-        ):
-            here[name] = folder / family / name
-            runs.run(family, here[name], *given, key)
+    for number, family in enumerate(runs.FAMILIES):
+        own = folder / str(number)
+        given = runs.start(family, own)
+        here = {name: own / name.replace(" ", "_") for name in ("one", "again", "two workers")}
+        for name, place in here.items():
+            runs.run(family, place, *given, f"data.num_workers={2 if 'workers' in name else 0}")
         for name in ("again", "two workers"):
             found = runs.differences(here["one"], here[name])
             yield Outcome(f"{family}: {name}", not found, ", ".join(found[:4]))
