@@ -5,7 +5,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test reliability lint types docs bench bench-gpu kernels wheel clean
+.PHONY: help setup train test coverage reliability floors audit lint types docs bench bench-gpu kernels wheel clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 12
@@ -26,8 +26,20 @@ train: $(READY)  ## train the dynamic detector on generated shapes (ARGS="key=va
 test: $(READY)  ## run the tests (ARGS="-m 'not slow'" for a quick round, ARGS=-n0 in one process)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
+coverage: $(READY)  ## run the tests and report the lines and branches of src that they reach
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term:skip-covered \
+	  --cov-fail-under=90 $(ARGS)
+
 reliability: $(READY)  ## inject faults, count what survives, write docs/reliability.md (ARGS="R2 R5.1" for single rows)
 	$(BIN)/python scripts/reliability.py $(ARGS)
+
+floors: $(READY)  ## install the oldest versions that pyproject.toml allows and run the quick tests with them
+	$(BIN)/python scripts/check_floors.py $(ARGS)
+
+audit: $(READY)  ## licences of all dependencies, and what public databases know of the pinned versions (needs a network)
+	$(BIN)/python scripts/check_licences.py video wandb tensorboard sweep slurm
+	uv=$$(command -v uv || echo $(BIN)/uv); $$uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: $(READY)  ## ruff: style and formatting
 	$(BIN)/ruff check src kernels scripts tests

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import is_hypothesis_test, settings
+
+settings.register_profile("dyndet", deadline=None)  # nothing fails because a machine is busy
+settings.load_profile("dyndet")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,10 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")
 
 
+def more_examples(function: Any, least: int) -> None:
+    """Of a property, for `make reliability`."""
+    name = "_hypothesis_internal_use_settings"
+    given = getattr(function, name, None) or settings()
+    if given.max_examples < least:
+        setattr(function, name, settings(given, max_examples=least, deadline=None))
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Kernels that are compiled are tested on the GPU, too; what only a GPU can show is skipped elsewhere."""
     compiled = os.environ["TRITON_INTERPRET"] == "0"
+    for function in {item.obj for item in items if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj)}:
+        more_examples(function, int(os.environ.get("DYNDET_EXAMPLES", "0")))
     for item in items:
         if compiled and "kernels" in item.path.parts:
             item.add_marker("gpu")

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "dyndet"
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    ("errors", "layout", "moved", "routing", "signals", "structures", "inputs"),
+    ("errors", "disk", "sealed", "layout", "moved", "routing", "signals", "structures", "inputs"),
     ("ops", "kernels"),
     ("models",),
     ("data",),

@@ -61,19 +61,21 @@ def terminated(family: str, folder: Path) -> Iterator[Outcome]:
     for number in range(20):
         name = SIGNALS[number % 2]
         after = chance.uniform(0, seconds)
-        timer = runs.send_after(after, getattr(signal, name))
         case = f"{family}: {name} after {after / seconds:.0%} of the run"
-        yield _outcome(case, family, folder, folder / f"t{number}", name)
-        timer.cancel()
+        yield _outcome(case, family, folder, folder / f"t{number}", name, after=after)
 
 
-def _outcome(case: str, family: str, root: Path, where: Path, name: str, *keys: str) -> Outcome:
-    """Runs until the signal, goes on, and compares."""
+def _outcome(case: str, family: str, root: Path, where: Path, name: str, *keys: str, after: float = 0) -> Outcome:
+    """Runs until the signal, which comes after so many seconds or is that of `keys`, goes on, and compares."""
     given = runs.start(family, root)
     code: object = "no interruption"
     with listening():
         try:
+            timer = runs.send_after(after, getattr(signal, name)) if after else None
             runs.run(family, where, *given, *keys)
+            if timer is not None:
+                timer.cancel()
+                timer.join()
         except Interrupted as error:
             code = error.code
     again = [key for key in keys if "disturb" not in key]

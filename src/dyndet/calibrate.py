@@ -50,6 +50,7 @@ def calibrate(config: DictConfig) -> Calibration:
     if (images := count_of(config, "images")) is not None:
         saved.config.data.max_val = images
     data: DetectionDataModule = build(saved.config.data.module)
+    data.quarantine.keep(config.output_dir)
     data.setup("validate")
     detector = detector_from(saved, impl=config.impl, fuse=True).to(device)
     folder = Path(config.output_dir)
@@ -62,6 +63,8 @@ def calibrate(config: DictConfig) -> Calibration:
         else:
             calibration = _gates(detector, data, single, config.thresholds, work)
     file = write_calibration(config.ckpt, calibration.as_dict(), config.out)
+    if text := data.quarantine.summary():
+        print(text)
     print(f"calibrated on {calibration.images} images ({calibration.device}): {file}")
     return calibration
 

@@ -38,6 +38,7 @@ def doctor(config: DictConfig) -> list[Finding]:
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     data: DetectionDataModule = build(config.data.module)
+    data.quarantine.keep(folder)
     try:
         data.setup("fit")
     except DataError as error:

@@ -23,6 +23,10 @@ class MissingDataError(DataError):
     """Data that is not where it was looked for."""
 
 
+class WriteError(UserError):
+    """A file that a disk did not take; what was there before is still there."""
+
+
 class DivergedError(UserError):
     """Training that cannot recover."""
 

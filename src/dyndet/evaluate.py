@@ -47,6 +47,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if "num_classes" in saved.config.data.module:
         saved.config.data.module.num_classes = None  # other categories are named below
     data = build(saved.config.data.module)
+    data.quarantine.keep(config.output_dir)
     data.setup("validate")
     check_classes(config.ckpt, saved.categories, data.categories)
     detector = detector_from(saved, impl=config.impl, speed=config.speed, fuse=config.fuse)
@@ -74,6 +75,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         if config.timing:
             metrics |= _compare(cast(PyramidDetector, detector), data, config, report)
         print(f"validation steps took {collected.seconds:.2f} s for {collected.images} images")
+        if text := data.quarantine.summary():
+            print(f"{text}; the figures are of the other {collected.images} images")
         print(f"detections: {folder / 'detections.json'}, ground truth and compute of every image beside it")
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}  # json has no nan
         (folder / "result.json").write_text(json.dumps(finite, indent=1) + "\n")

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.util import Finalize
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
 """Exit codes: 128 and the number of the signal; a warning that the time is up is what a termination is."""
@@ -70,11 +72,15 @@ def listening() -> Iterator[None]:
         for number in _OURS:
             if signal.getsignal(number) in _FREE:
                 before[number] = signal.signal(number, _handle)
+    hook = sys.unraisablehook
+    if before:
+        sys.unraisablehook = partial(_raise_again, hook)
     _RECEIVED.blocks += 1
     try:
         yield
     finally:
         _RECEIVED.blocks -= 1
+        sys.unraisablehook = hook
         if not _RECEIVED.blocks:
             forget()
         for number, handler in before.items():
@@ -162,6 +168,16 @@ def _handle(number: int, frame: FrameType | None) -> None:
     forward, _RECEIVED.forward = _RECEIVED.forward, None
     if forward is not None:
         forward()
+
+
+def _raise_again(hook: Callable[[Any], object], unraisable: Any) -> None:
+    """Where a signal came while an object was deleted, say, nobody hears of the exception."""
+    if isinstance(unraisable.exc_value, Interrupted):
+        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+    else:
+        hook(unraisable)
 
 
 def _say(text: str) -> None:

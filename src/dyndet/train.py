@@ -28,6 +28,7 @@ from dyndet.lightning.interruption import Interruption, ending, leave_signals_al
 from dyndet.lightning.joint import JointModule
 from dyndet.lightning.step2 import router_parts
 from dyndet.lightning.stopping import keep_ends
+from dyndet.lightning.writing import WritePolicy, keep_logging, with_checkpoint_files
 from dyndet.models.detectors.base import Detector
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.report.summary import print_summary
@@ -50,11 +51,13 @@ def train(config: DictConfig) -> dict[str, float]:
 
 def _train(config: DictConfig) -> dict[str, float]:
     seed_everything(config.seed, workers=True, verbose=False)
-    checkpoint = resume_path(config)
+    checkpoint = resume_path(config, rank_zero_info)
+    policy = WritePolicy(config.on_write_error)
     keep_ends(config)
     if text := train_random_layers(config):
         rank_zero_info(text)
-    data = build(config.data.module)
+    data = images = build(config.data.module)
+    data.quarantine.keep(config.output_dir)
     data.setup("fit")  # first: wrong paths show before anything slow, and the model gets the classes of the data
     if "num_classes" in config.data:
         config.data.num_classes = data.num_classes
@@ -66,6 +69,7 @@ def _train(config: DictConfig) -> dict[str, float]:
         rank_zero_info(f"data: {line}")
     if "router_loss" in config:
         module, data = router_parts(config, data)
+        data.quarantine.keep(config.output_dir)
     else:
         if not (config.init is None and checkpoint is None) and "weights" in config.backbone:
             config.backbone.weights = "none"  # they come from the checkpoint
@@ -94,9 +98,11 @@ def _train(config: DictConfig) -> dict[str, float]:
         for group in ("logger", "callbacks")
     )
     callbacks = [sizes := Sizes(), *callbacks, Interruption(timeout=config.rank_timeout)]
-    trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks)
+    plugins = with_checkpoint_files(config.trainer, policy)
+    trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks, plugins=plugins)
     leave_signals_alone(trainer)
     for logger in loggers:
+        keep_logging(logger, policy)
         logger.log_hyperparams(hyperparameters(config, named=config.logged_env))
     folder = Path(config.output_dir)
     with closing(loggers), memory_explained(config, sizes, folder), ending(trainer, folder):
@@ -107,6 +113,8 @@ def _train(config: DictConfig) -> dict[str, float]:
     report = module.compute.compute()
     if trainer.is_global_zero:
         print_summary(report, metrics, folder)
+        if text := data.quarantine.summary() or images.quarantine.summary():
+            print(text)
     return metrics
 
 

@@ -16,6 +16,7 @@ from commands import forked
 from dyndet.cli.folders import claim, resumed_run, run_folder
 from dyndet.cli.jobs import close_sweep, fingerprint, job_files, run_job
 from dyndet.errors import UserError
+from dyndet.sealed import write_sealed
 
 TINY = [
     "+experiment=shapes_dyn", "data.size=64", "data.train_images=8", "data.val_images=4", "data.batch_size=4",
@@ -168,13 +169,13 @@ def test_a_resumed_run_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     assert run_folder("x", "now", None) == run_folder("x", "now", "last") == os.path.join("outputs", "x", "now")  # noqa: PTH118
     Path("outputs/x/then/checkpoints").mkdir(parents=True)
-    Path("outputs/x/then/checkpoints/last.ckpt").touch()
+    write_sealed({"global_step": 3}, "outputs/x/then/checkpoints/last.ckpt")
     assert run_folder("x", "now", "last") == str(Path("outputs/x/then"))
     assert resumed_run("y", "outputs/x/then/checkpoints/last.ckpt") == Path("outputs/x/then")
     assert resumed_run("y", "weights.ckpt") is None
     assert resumed_run("y", "nowhere/run/checkpoints/last.ckpt") is None
     Path("outputs/a[b]/then/checkpoints").mkdir(parents=True)
-    Path("outputs/a[b]/then/checkpoints/last.ckpt").touch()
+    write_sealed({"global_step": 3}, "outputs/a[b]/then/checkpoints/last.ckpt")
     assert resumed_run("a[b]", "last") == Path("outputs/a[b]/then")
 
 

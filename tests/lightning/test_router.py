@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import dyndet
@@ -93,7 +94,7 @@ def test_step_2_moves_the_router_alone(init: Path, routed: Path) -> None:
 def test_the_offset_is_the_exact_median_over_the_training_set(routed: Path) -> None:
     content = torch.load(routed / "checkpoints" / "last.ckpt", weights_only=True)
     (offset,) = content["dyndet"]["offset"]
-    kept = torch.load(next((routed / "lessons").glob("*/00000.pt")), weights_only=True)
+    kept = load_file(next((routed / "lessons").glob("*/00000.safetensors")))
     difference = kept["losses"][0] - kept["losses"][1]
     assert len(difference) == 24 and offset == pytest.approx(float(difference.quantile(0.5)))
 
@@ -153,13 +154,21 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(
     monkeypatch.setattr(lessons, "learn", fail)
     with pytest.raises(KeyboardInterrupt):
         keep(tmp_path / "cut")
-    assert len(list((tmp_path / "cut").glob("*.pt"))) == 1
+    (kept,) = (tmp_path / "cut").iterdir()
+    assert kept.name == "00000.safetensors"
     again = keep(tmp_path / "cut")
     assert count == 4 + 10  # 12 batches, of which two were kept
     assert (
         len(again.pooled) == 48 and torch.equal(again.pooled, whole.pooled) and torch.equal(again.losses, whole.losses)
     )
     assert not torch.equal(whole.losses[:, :24], whole.losses[:, 24:])  # the second pass draws its own flips
+    content = bytearray(kept.read_bytes())
+    content[-5] ^= 1
+    kept.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"00000\.safetensors is damaged, so that it is computed again"):
+        again = keep(tmp_path / "cut")
+    assert count == 4 + 10 + 2 and torch.equal(again.losses, whole.losses)
+    assert torch.equal(keep(tmp_path / "cut").losses, whole.losses) and count == 4 + 10 + 2
 
 
 def test_an_interrupted_router_continues_exactly(init: Path, routed: Path, tmp_path: Path) -> None:

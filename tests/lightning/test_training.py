@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
 
 def test_a_run_leaves_checkpoints_numbers_and_pictures(trained: tuple[Path, dict[str, float]]) -> None:
     folder, metrics = trained
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     result = json.loads((folder / "result.json").read_text())
     assert result["val/AP"] == metrics["val/AP"]
     assert 0 < result["macs/head_ratio"] <= 1 and result["macs/total_mean"] > result["macs/head_used_mean"]

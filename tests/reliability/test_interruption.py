@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from multiprocessing import get_context
@@ -29,7 +30,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["fine-grained, averaged", "cascade"])
 def test_a_run_ends_as_if_it_had_not_been_interrupted(family: str, tmp_path: Path) -> None:
-    for outcome in islice(interruptions.interrupted(family, tmp_path), 3):
+    for outcome in islice(interruptions.interrupted(family, tmp_path), 2):
         assert outcome.survived, outcome
 
 
@@ -74,6 +75,20 @@ def test_what_was_received_can_be_done_with() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         forget()
         assert received() is None
+
+
+class Deleted:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_is_not_lost_where_exceptions_are(capfd: pytest.CaptureFixture[str]) -> None:
+    """They are ignored in `__del__`."""
+    with pytest.raises(Interrupted) as error, listening():
+        Deleted()
+        for _ in range(1000):
+            time.sleep(0.01)
+    assert error.value.code == 130 and not capfd.readouterr().err
 
 
 def ends_with(act: Callable[[], None]) -> int | None:

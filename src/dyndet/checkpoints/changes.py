@@ -10,7 +10,18 @@ from omegaconf import DictConfig, OmegaConf
 from dyndet.errors import UserError
 from dyndet.structures import Category
 
-_ELSEWHERE = ("name", "step", "output_dir", "ckpt_path", "init", "trust", "hydra", "logger", "backbone.weights")
+_ELSEWHERE = (
+    "name",
+    "step",
+    "output_dir",
+    "ckpt_path",
+    "init",
+    "trust",
+    "on_write_error",
+    "hydra",
+    "logger",
+    "backbone.weights",
+)
 """Keys that say nothing about how a run goes on."""
 
 _FIXED = ("optim.optimizer._target_", "optim.optimizer.optimizer._target_", "optim.schedule._target_")

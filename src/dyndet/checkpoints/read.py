@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from dyndet.checkpoints.changes import check_categories, check_changes
 from dyndet.checkpoints.trusted import check_stored
-from dyndet.cli.latest import latest_run
+from dyndet.cli.latest import latest_checkpoint
 from dyndet.cli.renamed import replacement
 from dyndet.errors import UserError, reason
+from dyndet.sealed import read_sealed, write_sealed
 from dyndet.structures import Category
 
 _MOST_VALUES = 20_000
@@ -120,20 +119,14 @@ def write_calibration(path: str | Path, calibration: dict[str, Any], out: str | 
     content = _content(Path(path))
     content["dyndet"]["calibration"] = calibration
     target = Path(out or path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    torch.save(content, part)
-    part.replace(target)
+    write_sealed(content, target)
     return target
 
 
 def _content(path: Path, key: str = "ckpt") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path.resolve()}: set {key} to a file such as RUN/checkpoints/last.ckpt")
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason(error)}") from error
+    content = read_sealed(path, key=key)
     if not isinstance(content, dict) or "dyndet" not in content or "state_dict" not in content:
         raise UserError(
             f"{path} was not written by dyndet.train; a released one first goes through python -m dyndet.convert"
@@ -141,8 +134,12 @@ def _content(path: Path, key: str = "ckpt") -> dict[str, Any]:
     return content
 
 
-def resume_path(config: DictConfig) -> str | None:
-    """The checkpoint that `ckpt_path` means: a file, "last" (the newest run of this experiment), or none.
+def resume_path(config: DictConfig, say: Callable[[str], object] = print) -> str | None:
+    """The checkpoint that `ckpt_path` means: a file, "last" (the newest good one of the newest run), or none.
+
+    Args:
+        config: of the run that goes on.
+        say: told which newer ones are damaged.
 
     Raises:
         UserError: if there is nothing to resume from, or the file is no checkpoint.
@@ -152,10 +149,13 @@ def resume_path(config: DictConfig) -> str | None:
         return None
     if path == "last":
         name = f"{config.name}{config.step}"
-        run = latest_run(name)
-        if run is None:
-            raise UserError(f"ckpt_path=last: no run of {name!r} has a checkpoint under {Path('outputs').resolve()}")
-        path = run / "checkpoints" / "last.ckpt"
+        path, skipped = latest_checkpoint(name)
+        lost = "; ".join(f"{file}: {fault}" for file, fault in skipped)
+        if path is None:
+            none = f"has a good one ({lost})" if lost else f"has a checkpoint under {Path('outputs').resolve()}"
+            raise UserError(f"ckpt_path=last: no run of {name!r} {none}")
+        if lost:
+            say(f"ckpt_path=last: goes on from {path}; damaged ones were skipped ({lost})")
     if not Path(path).is_file():
         raise UserError(f"ckpt_path={path}: no such file; give a checkpoint or 'last'")
     if "optimizer_states" not in _content(Path(path), "ckpt_path"):

@@ -37,6 +37,7 @@ from dyndet.cli.quoting import (
 )
 from dyndet.cli.renamed import current
 from dyndet.cli.usage import command_help
+from dyndet.disk import BROKEN, FULL, about_the_disk
 from dyndet.errors import LostProcessError, UserError
 from dyndet.signals import Interrupted, end_workers, listening, received, stop
 
@@ -46,6 +47,7 @@ _HARMLESS = (
     ".*dataloader is not resumable.*",  # it is: see data/sampler.py
     ".*module.s. in eval mode at the start of training.*",  # frozen parts
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its own folder
+    "Image size .* could be decompression bomb.*",  # data/images.py has a lower limit
     ".*recommended to use .self.log.*sync_dist=True.*",  # what is logged of a validation has been gathered
     # Hydra 1.4 of what goes in 1.5, which pyproject.toml leaves out: 1.3 has nothing else.
     ".*register_new_resolver.. is deprecated.*",
@@ -61,6 +63,20 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
 
     Set HYDRA_FULL_ERROR=1 to see the whole traceback of such a mistake.
     """
+    try:
+        with listening():
+            _run(task, config_name)
+            if (name := received()) is not None:  # somebody has swallowed the exception
+                stop(name)
+    except Interrupted as interrupted:
+        if not interrupted.told:
+            print(f"interrupted by {interrupted.name}", file=sys.stderr)
+        _end_processes(ask=True)
+        end_workers()
+        raise
+
+
+def _run(task: Callable[[DictConfig], object], config_name: str) -> None:
     if (text := command_help(config_name, sys.argv[1:])) is not None:
         print(text)
         return
@@ -75,9 +91,8 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
     for harmless in _HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     flags, overrides = flags_and_overrides(sys.argv[1:])
-    sys.argv[1:], changed = read_paths(
-        [*map(added_or_set, overrides), *flags]
-    )  # --info would take an override for its value
+    overrides = [added_or_set(item) for item in overrides]
+    sys.argv[1:], changed = read_paths([*overrides, *flags])  # --info would take an override for its value
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     # What the user wants: processes that join a run inherit both.
     verbose = os.environ.setdefault(_VERBOSE, os.environ.get("HYDRA_FULL_ERROR", "")) == "1"
@@ -86,6 +101,7 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # a log on a full disk is lost without a traceback for every line
 
     def answer(error: Exception) -> str | None:
         """An exception in one line; None where its traceback is to be seen."""
@@ -119,24 +135,15 @@ def run(task: Callable[[DictConfig], object], config_name: str) -> None:
             return _fail(text)
 
     try:
-        with listening():
-            hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
-            if (name := received()) is not None:  # somebody has swallowed the exception
-                stop(name)
-    except Interrupted as interrupted:
-        if not interrupted.told:
-            print(f"interrupted by {interrupted.name}", file=sys.stderr)
-        _end_processes(ask=True)
-        end_workers()
-        raise
+        hydra.main(version_base="1.3", config_path=config_source(config_name), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         if verbose:
             raise
         _fail(explain(error, sys.argv[1:], config_name))
     except OSError as error:
-        if verbose or error.filename is None:
+        if verbose or (error.filename is None and error.errno not in FULL | BROKEN):
             raise
-        _fail(f"{error.filename}: {error.strerror}")
+        _fail(f"{error.filename or 'a file of this command'}: {error.strerror}")
 
 
 def _one_line(error: Exception, command: str) -> str | None:
@@ -145,6 +152,8 @@ def _one_line(error: Exception, command: str) -> str | None:
         text = str(error).rpartition(f"{type(error).__name__}: ")[2]
     elif isinstance(error, OmegaConfBaseException):
         text = explain(error, sys.argv[1:], command)
+    elif isinstance(error, OSError) and error.errno in FULL:
+        text = about_the_disk(error, Path(error.filename) if error.filename else None)
     elif (text := about_a_value(error)) is None:
         return None
     return " ".join(text.split())

@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
 from dyndet.cli.jobs import close_sweep, job_files
-from dyndet.cli.latest import latest_run
+from dyndet.cli.latest import latest_checkpoint
 from dyndet.cli.quoting import quote, raw
 from dyndet.data.user_paths import user_path
 
@@ -28,7 +28,8 @@ _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Ligh
 def resumed_run(name: str, ckpt_path: str | None) -> Path | None:
     """Folder of the run that `ckpt_path` goes on with; None where a new one begins."""
     if ckpt_path == "last":
-        return latest_run(name)
+        latest, _ = latest_checkpoint(name)
+        return latest.parent.parent if latest else None
     if not isinstance(ckpt_path, str):  # a list is refused later
         return None
     path = user_path(ckpt_path)

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dyndet.cli.latest import latest_run
+from dyndet.cli.latest import latest_checkpoint
 
 _ANNOTATIONS = (".json", ".txt", ".xml", ".yaml", ".yml", ".csv", ".data")
 MOST = 20_000
@@ -26,8 +26,9 @@ def named_files(config: Any) -> list[list[Any]]:
     root = data.get("root") if isinstance(data, dict) else None
     if isinstance(root, str):
         paths += islice(_annotations(Path(root)), MOST)
-    if config.get("ckpt_path") == "last" and (run := latest_run(f"{config.get('name')}{config.get('step', '')}")):
-        paths.append(run / "checkpoints" / "last.ckpt")
+    if config.get("ckpt_path") == "last":
+        latest, _ = latest_checkpoint(f"{config.get('name')}{config.get('step', '')}")
+        paths += [latest] if latest else []
     return [item for path in paths if (item := _described(path)) is not None]
 
 

@@ -20,8 +20,9 @@ from dyndet.convert.engine import Report, apply_rules
 from dyndet.convert.pixels import pixel_settings
 from dyndet.convert.recipe import FILLS, Recipe
 from dyndet.convert.source import read_source
-from dyndet.errors import UserError
+from dyndet.errors import UserError, WriteError
 from dyndet.models.detectors.base import Detector
+from dyndet.sealed import write_sealed
 from dyndet.structures import Category
 
 SOURCES = (cbnet, mmdet, cvpods, detectron2, dynamicdet)
@@ -140,10 +141,9 @@ def save_release(converted: Converted, out: str | Path) -> Path:
         "state_dict": {f"detector.{name}": value.contiguous() for name, value in converted.state_dict.items()},
     }
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, out)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"out={out} cannot be written: {str(error).splitlines()[0]}") from error
+        write_sealed(content, out)
+    except WriteError as error:
+        raise UserError(f"out={error}") from error
     return out
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dyndet.errors import UserError
+from dyndet.sealed import fault
 
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before
@@ -101,6 +102,8 @@ def _content(path: Path, trust: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if head.startswith(_ZIP) and (found := fault(path)) is not None:
+            raise RuntimeError(found)
         if head.startswith((_ZIP, _LEGACY)):
             return torch.load(path, map_location="cpu", weights_only=not trust)
         if head.startswith(_PICKLE):

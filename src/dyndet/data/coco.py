@@ -13,6 +13,7 @@ from dyndet.data.faults import read_all
 from dyndet.data.images import find_inside, read_header
 from dyndet.data.masks import Segmentation
 from dyndet.data.numbers import Entry, number, text, whole
+from dyndet.data.quarantine import Fault, OnError
 from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category, Truth
@@ -22,8 +23,9 @@ class CocoDataset(FileDataset):
     """Images with a COCO json. Category and image ids may have gaps and come back unchanged.
 
     Sizes that the json does not tell are those of the images. Numbers may be written as texts (`iscrowd: "0"`) or
-    floats (`3.0`). File names may be those of Windows or macOS (`find_inside`). Of a Roboflow export the placeholder
-    that stands for all classes is left out: category 0 without annotations, the supercategory of the others.
+    floats (`3.0`); where no annotation has an id, they are numbered. File names may be those of Windows or macOS
+    (`find_inside`). Of a Roboflow export the placeholder that stands for all classes is left out: category 0 without
+    annotations, the supercategory of the others.
 
     Args:
         annotations: the json file.
@@ -31,6 +33,8 @@ class CocoDataset(FileDataset):
         classes: names of the categories to keep, in label order; None keeps all, ordered by id.
         skip_empty: leaves out images without a box that trains (usual for training; evaluation needs them all).
         load_masks: whether targets carry (N, H, W) masks.
+        on_error: "skip" leaves out images that cannot be used, or whose annotations cannot (`faults`).
+        tolerant: reads images whose last bytes are missing, too.
         content: of the json, where `load_coco` has read it already.
 
     Raises:
@@ -46,6 +50,8 @@ class CocoDataset(FileDataset):
         classes: Sequence[str] | None = None,
         skip_empty: bool = False,
         load_masks: bool = False,
+        on_error: OnError = "raise",
+        tolerant: bool = False,
         content: Entry | None = None,
     ) -> None:
         file, folder = Path(annotations), Path(images)
@@ -66,11 +72,25 @@ class CocoDataset(FileDataset):
             def record(entry: Entry) -> Record:
                 return _record(entry, grouped[entry["id"]], labels, folder, file, load_masks, repairs)
 
-            records = read_all(record, content["images"], file)
+            left_out: list[Fault] | None = [] if on_error == "skip" else None
+            records = read_all(
+                record,
+                content["images"],
+                file,
+                left_out=left_out,
+                name=lambda entry: folder / str(entry.get("file_name", f"image {entry['id']}")),
+            )
         except KeyError as error:
             raise DataError(f"{file} has an entry without {error}: see cocodataset.org/#format-data") from error
         super().__init__(
-            records, categories, load_masks=load_masks, skip_empty=skip_empty, repairs=repairs, source=file
+            records,
+            categories,
+            load_masks=load_masks,
+            skip_empty=skip_empty,
+            repairs=repairs,
+            source=file,
+            left_out=left_out,
+            tolerant=tolerant,
         )
 
 
@@ -99,7 +119,11 @@ def _settle(content: Entry, file: Path) -> None:
         entry["id"] = whole(entry, "id", f"{file}: category")
     for entry in content["images"]:
         entry["id"] = whole(entry, "id", f"{file}: image {entry.get('file_name')}")
-    for position, entry in enumerate(content["annotations"]):
+    annotations = content["annotations"]
+    unnumbered = not any("id" in entry for entry in annotations)
+    for position, entry in enumerate(annotations):
+        if unnumbered:
+            entry["id"] = position + 1
         entry["id"] = whole(entry, "id", f"{file}: annotation at position {position}")
         for key in ("category_id", "image_id"):
             entry[key] = whole(entry, key, f"{file}: annotation {entry['id']}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -15,10 +15,14 @@ from torch.utils.data import DataLoader
 
 from dyndet.data.collate import Collate
 from dyndet.data.dataset import DetectionDataset
+from dyndet.data.drawing import Drawing, Gather
 from dyndet.data.layouts.folder import DataFolder
+from dyndet.data.loader import Loader
+from dyndet.data.quarantine import OnError, Quarantine
 from dyndet.data.sampler import KeyedBatchSampler, KeyedDataset, KeyedSampler, Mix, keyed_generator
 from dyndet.data.transforms import Compose, Transform
 from dyndet.data.usable import refuse_useless, warn_of_flat
+from dyndet.data.waiting import Waiting
 from dyndet.data.workers import loader_workers
 from dyndet.errors import DataError, MissingDataError, UserError
 from dyndet.inputs import checked_targets
@@ -54,7 +58,14 @@ class DetectionDataModule(LightningDataModule):
         pin_memory: page-locked batches; when CUDA is there if None.
         max_train: use only so many training images, spread evenly over the set.
         max_val: the same for validation.
+        on_error: what to do with files that cannot be used: "raise" ends with an error, "skip" goes on with others in
+            their place (in evaluation, without them) and lists them, see `Quarantine`.
+        max_errors: so many are skipped; more are an error.
+        timeout: seconds that a batch of the loader processes is waited for.
         hint: what to do when files cannot be found; added to that error.
+
+    Attributes:
+        quarantine: what could not be used so far.
     """
 
     def __init__(
@@ -77,9 +88,14 @@ class DetectionDataModule(LightningDataModule):
         pin_memory: bool | None = None,
         max_train: int | None = None,
         max_val: int | None = None,
+        on_error: OnError = "raise",
+        max_errors: int = 100,
+        timeout: float = 300,
         hint: str = "",
     ) -> None:
         super().__init__()
+        if timeout <= 0:
+            raise UserError(f"data.timeout={timeout}: give the seconds that a batch is waited for, more than 0")
         for key, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"data.{key} must be at least 1, got {value}")
@@ -98,6 +114,8 @@ class DetectionDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.max_train = max_train
         self.max_val = max_val
+        self.quarantine = Quarantine(on_error, max_errors)
+        self.timeout = timeout
         self.hint = hint
         self._sources = {"train": train, "val": val}
         self._splits: dict[str, DetectionDataset] = {}
@@ -133,7 +151,7 @@ class DetectionDataModule(LightningDataModule):
         """As many as there are categories. Needs `setup`, unless the number was given."""
         return len(self.categories) if self._num_classes is None else self._num_classes
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[Any]:
         rank, world_size = _rank_and_world_size()
         # Overfitting a few batches means the same ones in every epoch.
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
@@ -150,32 +168,33 @@ class DetectionDataModule(LightningDataModule):
                 f"{self.batch_size}: lower data.batch_size or set data.module.drop_last=false"
             )
         dataset = KeyedDataset(self.train, self.train_transform, self.seed, self.train_mix)
-        return self._loader(dataset, batch_sampler=batches)
+        return self.loader(dataset, batch_sampler=batches, waiting=Waiting(self.num_workers))
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> DataLoader[Any]:
         rank, world_size = _rank_and_world_size()
         sampler = KeyedSampler(len(self.val), shuffle=False, even=False, rank=rank, world_size=world_size)
         if not len(sampler):  # more processes than images: Lightning skips loaders without batches, the others wait
             return DataLoader([NOTHING], batch_size=None)  # type: ignore[arg-type]
         dataset = KeyedDataset(self.val, self.val_transform, self.seed)
-        return self._loader(dataset, sampler=sampler, batch_size=self.val_batch_size)
+        return self.loader(dataset, replace=False, sampler=sampler, batch_size=self.val_batch_size)
 
     def single_images(self, count: int) -> list[ImageBatch]:
         """Validation images as batches of one, so many of them, spread evenly over the set."""
         dataset = KeyedDataset(self.val, self.val_transform, self.seed)
         count = min(count, len(dataset))
-        return [self.collate([dataset[i * len(dataset) // count]]).images for i in range(count)]
+        places = (i * len(dataset) // count for i in range(count))
+        return [self.collate([sample]).images for sample in self._samples(dataset, places, replace=False)]
 
     def training_samples(self, count: int) -> list[Sample]:
         """What training is shown first, so many, as in epoch 0: mixed, transformed, not yet a batch."""
         dataset = KeyedDataset(self.train, self.train_transform, self.seed, self.train_mix)
         order = KeyedSampler(len(self.train), shuffle=True, even=True, seed=self.seed)
-        return [dataset[key] for key in islice(order, count)]
+        return list(self._samples(dataset, islice(order, count), replace=True))
 
-    def test_dataloader(self) -> DataLoader[Sample]:
+    def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[Sample]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -226,6 +245,7 @@ class DetectionDataModule(LightningDataModule):
             split = source(*([] if self.folder is None else [self.folder])) if callable(source) else source
         except MissingDataError as error:
             raise MissingDataError(f"{error}. {self.hint}" if self.hint else str(error), error.faults) from error
+        self.quarantine.add(getattr(split, "faults", ()))
         refuse_useless(split, name)
         if name == "train":
             warn_of_flat(split, name)
@@ -249,11 +269,20 @@ class DetectionDataModule(LightningDataModule):
             raise RuntimeError(f"the {name} split is not built yet: call setup() first")
         return self._splits[name]
 
-    def _loader(self, dataset: KeyedDataset, **kwargs: Any) -> DataLoader[Sample]:
+    def loader(self, dataset: KeyedDataset, *, replace: bool = True, **kwargs: Any) -> DataLoader[Any]:
+        """Loads samples by key, by the policy for unusable files.
+
+        Args:
+            dataset: the samples.
+            replace: whether another image takes the place of an unusable one.
+            **kwargs: of a `Loader`.
+        """
         end_workers_at_exit()
-        return DataLoader(
-            dataset,
-            collate_fn=self.collate,
+        return Loader(
+            self._drawing(dataset, replace=replace, workers=self.num_workers),
+            collate_fn=Gather(self.collate),
+            quarantine=self.quarantine,
+            patience=self.timeout,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=leave_to_main_process,
@@ -262,6 +291,19 @@ class DetectionDataModule(LightningDataModule):
             generator=keyed_generator(self.seed),
             **kwargs,
         )
+
+    def _drawing(self, dataset: KeyedDataset, *, replace: bool, workers: int = 0) -> Drawing:
+        skip, most = self.quarantine.skips, self.quarantine.max_errors
+        return Drawing(dataset, skip=skip, replace=replace, most=most, workers=workers)
+
+    def _samples(self, dataset: KeyedDataset, keys: Iterable[Any], *, replace: bool) -> Iterator[Sample]:
+        drawing = self._drawing(dataset, replace=replace)
+        for drawn in map(drawing.__getitem__, keys):
+            self.quarantine.add(drawn.faults)
+            if drawn.error is not None:
+                raise drawn.error
+            if drawn.sample is not None:
+                yield drawn.sample
 
 
 NOTHING = Batch(ImageBatch.of(torch.zeros(0, 3, 1, 1)), [])

@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -19,11 +19,14 @@ from urllib.parse import unquote
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from dyndet.data.pixel_values import to_rgb
+from dyndet.data.truncated import check_complete, truncated_allowed
+from dyndet.data.user_paths import lies_there
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Size
 
@@ -82,7 +85,12 @@ class Header:
 
 
 def read_image(
-    path: str | Path, *, annotated: Size | None = None, upright: bool = True, max_pixels: int = MAX_PIXELS
+    path: str | Path,
+    *,
+    annotated: Size | None = None,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    tolerant: bool = False,
 ) -> Tensor:
     """Decodes an image file to uint8 (3, H, W) RGB, upright.
 
@@ -94,13 +102,31 @@ def read_image(
         annotated: (H, W) that the annotations are for: where only the stored pixels have it, they are not turned.
         upright: whether the image is turned by its EXIF orientation where sizes do not tell.
         max_pixels: more are refused, judged by the header alone.
+        tolerant: reads files whose last bytes are missing, too; what is not there is black or grey.
 
     Raises:
         DataError: if the file is missing, empty, truncated, too large or not an image.
     """
+    try:
+        return _decoded(path, annotated, upright, max_pixels)
+    except DataError:
+        if not tolerant:
+            raise
+    with truncated_allowed():
+        return _decoded(path, annotated, upright, max_pixels, check_complete)
+
+
+def _decoded(
+    path: str | Path,
+    annotated: Size | None,
+    upright: bool,
+    max_pixels: int,
+    check: Callable[[NDArray[np.uint8]], None] = lambda pixels: None,
+) -> Tensor:
     with _opened(path, max_pixels) as (image, header):
         turn = header.reads_upright(annotated, upright)
         rgb = to_rgb(image)
+        check(np.asarray(rgb))
         if image.format == "TIFF":  # Pillow has turned it
             rgb = rgb if turn else _transposed(rgb, _BACK, header)
         elif turn:
@@ -162,12 +188,13 @@ def find_inside(root: str | Path, name: str | Path) -> Path:
         DataError: as `resolve_inside`, or if several files would fit.
     """
     path, text = resolve_inside(root, name), str(name)
-    if (text.isascii() and "\\" not in text and "%" not in text) or path.exists():
+    if (text.isascii() and "\\" not in text and "%" not in text) or lies_there(path):
         return path
     plain = [text, text.replace("\\", "/")]
     plain += [unquote(form) for form in plain]
     forms = dict.fromkeys(unicodedata.normalize(kind, form) for form in plain for kind in ("NFC", "NFD"))
-    found = [other for other in (resolve_inside(root, form) for form in forms if form) if other.is_file()]
+    others = [resolve_inside(root, form) for form in forms if form]
+    found = [other for other in others if lies_there(other) and other.is_file()]
     if len(found) > 1 and not all(other.samefile(found[0]) for other in found):
         raise DataError(f"file name {text!r} in {root} could be {found[0].name!r} or {found[1].name!r}: rename one")
     return found[0] if found else path

@@ -16,6 +16,7 @@ from torch import Tensor
 from dyndet.data.images import Header, read_header, read_image
 from dyndet.data.masks import Segmentation, decode_mask
 from dyndet.data.orientation import Seen, judge
+from dyndet.data.quarantine import SKIP, Fault
 from dyndet.data.units import check_units
 from dyndet.errors import DataError
 from dyndet.structures import Category, Sample, Size, Target, Truth
@@ -221,8 +222,12 @@ class FileDataset:
         skip_empty: leaves out images without a box that trains.
         repairs: what was mended while the records were made; a summary is logged as one warning.
         source: where the annotations came from, for messages.
+        left_out: images that were left out because they or their annotations cannot be used; None where the first such
+            is an error.
+        tolerant: reads images whose last bytes are missing, too.
 
     Attributes:
+        faults: those in `left_out`.
         upright: whether images are turned by their EXIF orientation where the annotated size does not tell (see
             `judge`); otherwise each is read as its annotated size says.
 
@@ -241,7 +246,13 @@ class FileDataset:
         skip_empty: bool = False,
         repairs: Repairs | None = None,
         source: str | Path = "the dataset",
+        left_out: Sequence[Fault] | None = None,
+        tolerant: bool = False,
     ) -> None:
+        self.faults = tuple(left_out or ())
+        if self.faults and not records:
+            count, example = len(self.faults), self.faults[0].reason
+            raise DataError(f"{source}: none of its {count} images can be used, for example {example}: mend the data")
         records = [record for record in records if not (skip_empty and record.is_empty)]
         if not records:
             raise DataError(f"{source} has no images: check the split, the file, and data.skip_empty")
@@ -251,8 +262,7 @@ class FileDataset:
         if load_masks and any(record.segmentations is None for record in records):
             raise DataError(f"{source} has images without segmentations: {WITHOUT_MASKS}")
         _check_categories(categories, source)
-        first = records[0].header or read_header(records[0].path)
-        _check_size(records[0], first.upright if first.reads_upright(records[0].size) else first.stored)
+        _check_first(records, skip=left_out is not None)
         check_units(records, source)
         self.records = records
         self.categories = list(categories)
@@ -260,6 +270,7 @@ class FileDataset:
         self.load_masks = load_masks
         self.repairs = Repairs() if repairs is None else repairs
         self.source = source
+        self.tolerant = tolerant
         self.upright = judge(_looked_at(records), source, len(records))
         if self.repairs:
             logger.warning("%s: boxes mended: %s; evaluation takes them as annotated", source, self.repairs)
@@ -288,7 +299,8 @@ class FileDataset:
     def image(self, index: int) -> Tensor:
         """Image `index` without its annotations, uint8 (3, H, W)."""
         record = self.records[index]
-        image = read_image(record.path, annotated=record.size if record.sized else None, upright=self.upright)
+        annotated = record.size if record.sized else None
+        image = read_image(record.path, annotated=annotated, upright=self.upright, tolerant=self.tolerant)
         _check_size(record, (image.shape[1], image.shape[2]))
         return image
 
@@ -307,6 +319,20 @@ def _looked_at(records: Sequence[Record]) -> list[Seen]:
         Seen(records[place].path, header, records[place].size if records[place].sized else None)
         for place, header in sorted(known.items())
     ]
+
+
+def _check_first(records: Sequence[Record], *, skip: bool) -> None:
+    """Looks at the first image; when faults are skipped, at the first that can be used."""
+    last: DataError | None = None
+    for record in records:
+        try:
+            header = record.header or read_header(record.path)
+            return _check_size(record, header.upright if header.reads_upright(record.size) else header.stored)
+        except DataError as error:
+            if not skip:
+                raise type(error)(f"{error}; {SKIP}", error.faults) from error
+            last = error
+    raise DataError(f"none of the {len(records)} images can be used, for example {last}")
 
 
 def _check_size(record: Record, size: Size) -> None:

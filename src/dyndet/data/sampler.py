@@ -173,8 +173,12 @@ class KeyedDataset(Dataset[Sample]):
         return len(self.dataset)
 
     def __getitem__(self, key: Key | int) -> Sample:
+        return self.draw(self.dataset, key)
+
+    def draw(self, images: Indexable[Sample], key: Key | int) -> Sample:
+        """The sample of a key, made of other images than those of `dataset`."""
         # A plain index (the trainer replaces samplers when it overfits) is one of epoch 0.
         epoch, index = key if isinstance(key, tuple) else (0, key)
         generator = keyed_generator(self.seed, epoch, index)
-        sample = self.dataset[index] if self.mix is None else self.mix(self.dataset, index, generator)
+        sample = images[index] if self.mix is None else self.mix(images, index, generator)
         return sample if self.transform is None else self.transform(sample, generator)

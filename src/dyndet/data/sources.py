@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dyndet.data.images import SUFFIXES, UNREAD
-from dyndet.data.user_paths import user_path
+from dyndet.data.user_paths import lies_there, user_path
 from dyndet.errors import UserError
 from dyndet.structures import Sample, Target
 
@@ -138,7 +138,7 @@ def _listed(file: Path, skip: str | None) -> Iterator[Path]:
         raise UserError(f"source={file} is no text file with a path per line: {error}") from error
     for line in filter(None, map(str.strip, lines)):
         beside = file.parent / user_path(line)
-        item = str(beside) if beside.exists() or not Path(line).exists() else line
+        item = str(beside) if lies_there(beside) or not lies_there(Path(line)) else line
         yield from _paths(line if "://" in line else item, skip, named=True, lists=False)
 
 

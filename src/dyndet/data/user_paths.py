@@ -7,6 +7,14 @@ from pathlib import Path
 from dyndet.errors import UserError
 
 
+def lies_there(path: Path) -> bool:
+    """Whether there is such a file or folder; of a name that no file can have there is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, a link to itself, a character that no path has
+        return False
+
+
 def user_path(path: str | Path) -> Path:
     """With `~` for the home folder.
 

@@ -15,8 +15,9 @@ from defusedxml.ElementTree import parse
 
 from dyndet.data.faults import read_all
 from dyndet.data.images import SUFFIXES, read_header, resolve_inside
+from dyndet.data.quarantine import Fault, OnError
 from dyndet.data.records import FileDataset, Record, Repairs
-from dyndet.data.text_files import read_text
+from dyndet.data.text_files import LARGEST, read_text
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
@@ -40,6 +41,8 @@ class VocDataset(FileDataset):
             (the nearest to VOC, where a difficult object absorbs one detection, not several); otherwise they are
             left out.
         skip_empty: leaves out images without a box that trains.
+        on_error: "skip" leaves out images that cannot be used, or whose annotations cannot (`faults`).
+        tolerant: reads images whose last bytes are missing, too.
 
     Raises:
         DataError: if a file is missing, malformed or dangerous, or an image has another size than its xml says.
@@ -54,10 +57,16 @@ class VocDataset(FileDataset):
         classes: Sequence[str] | None = None,
         keep_difficult: bool = True,
         skip_empty: bool = False,
+        on_error: OnError = "raise",
+        tolerant: bool = False,
     ) -> None:
         folder = root if isinstance(root, VocFolder) else OriginalFolder(root)
         source, members = folder.members(split)
-        pages = folder.pages
+        pages, unread = folder.pages
+        here = set(members)
+        left_out = [fault for fault in unread if Path(fault.file) in here] if on_error == "skip" else None
+        if unread and left_out is None:
+            read_all(_read_inside, [Path(fault.file) for fault in unread], folder.root)  # raises
         found = sorted({item.name for page in pages.values() for item in page.objects})
         names = found if classes is None else [classes] if isinstance(classes, str) else list(classes)
         absent = [name for name in names if name not in found]
@@ -71,9 +80,18 @@ class VocDataset(FileDataset):
             image = folder.image(file, pages[file].filename)
             return _record(image, pages[file], ranks[file], labels, keep_difficult, repairs)
 
-        records = read_all(record, members, source)
+        usable = [file for file in members if file in pages]
+        records = read_all(record, usable, source, left_out=left_out)
         categories = [Category(id, name) for id, name in enumerate(names, start=1)]
-        super().__init__(records, categories, skip_empty=skip_empty, repairs=repairs, source=source)
+        super().__init__(
+            records,
+            categories,
+            skip_empty=skip_empty,
+            repairs=repairs,
+            source=source,
+            left_out=left_out,
+            tolerant=tolerant,
+        )
 
 
 class VocFolder(ABC):
@@ -96,9 +114,11 @@ class VocFolder(ABC):
         """The image of an annotation, which calls it `filename`."""
 
     @cached_property
-    def pages(self) -> dict[Path, _Page]:
-        pages = read_all(lambda path: _read(resolve_inside(path.parent, path.name)), self.files, self.root)
-        return dict(zip(self.files, pages, strict=True))
+    def pages(self) -> tuple[dict[Path, _Page], list[Fault]]:
+        """What the files say, and those that cannot be read."""
+        unread: list[Fault] = []
+        pages = read_all(lambda path: (path, _read_inside(path)), self.files, self.root, left_out=unread)
+        return dict(pages), unread
 
 
 class OriginalFolder(VocFolder):
@@ -166,8 +186,14 @@ def _stems(root: Path, split: str) -> tuple[Path, list[str]]:
     return listing, stems
 
 
+def _read_inside(path: Path) -> _Page:
+    return _read(resolve_inside(path.parent, path.name))
+
+
 def _read(path: Path) -> _Page:
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
         page = parse(path, forbid_dtd=True).getroot()  # entities, the dangerous part, need a DTD
     except DefusedXmlException as error:
         raise DataError(f"{path} holds a DTD or entities ({error}): remove them, annotations need none") from error

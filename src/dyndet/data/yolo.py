@@ -11,12 +11,17 @@ import numpy as np
 from dyndet.data.faults import read_all
 from dyndet.data.images import SUFFIXES, read_header
 from dyndet.data.masks import Segmentation
+from dyndet.data.quarantine import Fault, OnError
 from dyndet.data.records import WITHOUT_MASKS, FileDataset, Record, Repairs
 from dyndet.data.text_files import read_text
+from dyndet.data.user_paths import lies_there
 from dyndet.data.yolo_config import YoloConfig
 from dyndet.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+LONGEST = 1_000_000
+"""Characters of a line: a polygon of 50,000 corners. Numbers of one line take fifty times as much memory."""
 
 
 class YoloDataset(FileDataset):
@@ -32,6 +37,8 @@ class YoloDataset(FileDataset):
         root: folder that the splits start from; None takes the yaml's `path` or its own folder.
         load_masks: whether targets carry (N, H, W) masks; every object needs a polygon then.
         skip_empty: leaves out images without a box that trains.
+        on_error: "skip" leaves out images that cannot be used, or whose labels cannot (`faults`).
+        tolerant: reads images whose last bytes are missing, too.
 
     Attributes:
         unlabelled: images without a label file.
@@ -49,6 +56,8 @@ class YoloDataset(FileDataset):
         root: str | Path | None = None,
         load_masks: bool = False,
         skip_empty: bool = False,
+        on_error: OnError = "raise",
+        tolerant: bool = False,
     ) -> None:
         if not isinstance(config, YoloConfig):
             config = YoloConfig.read(config, root)
@@ -66,15 +75,27 @@ class YoloDataset(FileDataset):
                 source, len(self.unlabelled), len(pairs), self.unlabelled[0],
             )  # fmt: skip
         labels = {category.id: label for label, category in enumerate(config.categories)}
-        repairs = Repairs()
+        repairs, used = Repairs(), set[int]()
 
         def record(item: tuple[int, tuple[Path, tuple[Path, bool]]]) -> Record:
             rank, (image, (file, exists)) = item
-            return _record(image, file if exists else None, rank, labels, load_masks, repairs, config.keypoints)
+            return _record(image, file if exists else None, rank, labels, load_masks, repairs, config.keypoints, used)
 
-        records = read_all(record, enumerate(pairs, start=1), source)
+        left_out: list[Fault] | None = [] if on_error == "skip" else None
+        items = enumerate(pairs, start=1)
+        try:
+            records = read_all(record, items, source, left_out=left_out, name=lambda item: item[1][0])
+        finally:
+            _check_first_class(used, list(labels), source)
         super().__init__(
-            records, config.categories, load_masks=load_masks, skip_empty=skip_empty, repairs=repairs, source=source
+            records,
+            config.categories,
+            load_masks=load_masks,
+            skip_empty=skip_empty,
+            repairs=repairs,
+            source=source,
+            left_out=left_out,
+            tolerant=tolerant,
         )
 
 
@@ -120,6 +141,8 @@ def twins(folder: Path, bases: Sequence[Path]) -> list[Path]:
 
 
 def _texts(folder: Path) -> dict[str, Path]:
+    if not lies_there(folder):
+        return {}
     return {file.stem: file for file in folder.glob("*.[tT][xX][tT]")}
 
 
@@ -131,6 +154,7 @@ def _record(
     load_masks: bool,
     repairs: Repairs,
     keypoints: int,
+    used: set[int],
 ) -> Record:
     header = read_header(image)
     height, width = header.upright  # what labels are relative to
@@ -140,10 +164,13 @@ def _record(
     polygons: list[Segmentation] = []
     lines: list[int] = []
     for number, line in enumerate([] if file is None else _lines(file), start=1):
+        where = f"{file} line {number}"
+        if len(line) > LONGEST:
+            raise DataError(f"{where} is a line of {len(line)} characters, more than {LONGEST}: give one object a line")
         if not line.strip():
             continue
-        where = f"{file} line {number}"
         id, points = _parse(line, where, keypoints)
+        used.add(id)
         if id not in labels:
             named = ", ".join(map(str, list(labels)[:8])) + (", ..." if len(labels) > 8 else "")
             raise DataError(
@@ -163,6 +190,15 @@ def _record(
     boxes_array = np.array(boxes, np.float64).reshape(-1, 4)
     record = Record.of(image, image_id, header, boxes_array, classes, segmentations=polygons if load_masks else None)
     return record.repaired(repairs, lambda index: f"{image.stem}.txt line {lines[index]}")
+
+
+def _check_first_class(used: set[int], ids: list[int], source: str) -> None:
+    """Refuses labels that count from 1 where classes count from 0: as a whole, not file by file."""
+    if used and ids == list(range(len(ids))) and min(used) > 0 and max(used) == len(ids):
+        raise DataError(
+            f"{source}: the labels use classes up to {len(ids)} and never 0, so they look counted from 1, but the "
+            f"configuration names 0 to {len(ids) - 1}: subtract 1 from the first number of every line"
+        )
 
 
 def _lines(file: Path) -> list[str]:

@@ -15,7 +15,7 @@ from dyndet.data.images import SUFFIXES, resolve_inside
 from dyndet.data.layouts.found import SPLIT_WORDS, split_word
 from dyndet.data.layouts.tree import Listing, Tree
 from dyndet.data.text_files import read_text
-from dyndet.data.user_paths import user_path
+from dyndet.data.user_paths import lies_there, user_path
 from dyndet.errors import DataError, MissingDataError
 from dyndet.structures import Category
 
@@ -195,7 +195,7 @@ class YoloConfig:
         written = [base / folder for base in bases]
         ends = [parts[first:] for first in _droppable(parts)]
         for place in [*written, *(base.joinpath(*end) for end in ends for base in bases)]:
-            if (place / name).is_file() and any(_within(place, base) for base in bases):
+            if lies_there(place / name) and any(_within(place, base) for base in bases):
                 place = _straight(place)
                 if place not in written and ".." not in folder and not folder.startswith("."):
                     self._note(f"{folder}/ in {listing.name} is {place}")

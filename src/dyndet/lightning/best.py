@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from dyndet.lightning.writing import lost, write_checkpoint, writing
+from dyndet.sealed import read_sealed
+
+_SCORES = ("best_k_models", "best_model_path", "best_model_score", "kth_best_model_path", "kth_value")
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -54,10 +61,16 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_model_score = self.current_score = self.kth_value = score
         self.best_k_models = {str(best): score}
         if trainer.is_global_zero:
-            content = torch.load(last, map_location="cpu", weights_only=True)
+            content = read_sealed(last)
             content["callbacks"][self.state_key] = self.state_dict()
-            for path in (best, last):
-                part = path.with_name(f"{path.name}.part")
-                torch.save(content, part)
-                part.replace(path)
+            with writing(trainer, best):
+                for path in (best, last):
+                    write_checkpoint(content, path)
         trainer.strategy.barrier("best")
+
+    def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """A best checkpoint that the disk did not take is none: the next may be the best as well."""
+        before = {name: copy.copy(getattr(self, name)) for name in _SCORES}
+        super()._update_best_and_save(current, trainer, monitor_candidates)
+        if lost(trainer, self.best_model_path):
+            vars(self).update(before)

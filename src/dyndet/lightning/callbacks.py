@@ -10,6 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+from dyndet.disk import write_whole
+from dyndet.lightning.writing import writing
+
 
 class ResultFile(Callback):
     """Writes the latest validation numbers to `result.json` in the run's folder, for reports."""
@@ -23,8 +26,9 @@ class ResultFile(Callback):
         numbers = {key: float(value) for key, value in trainer.callback_metrics.items()}
         result = {key: value for key, value in numbers.items() if math.isfinite(value)}
         result |= {"step": trainer.global_step, "epoch": trainer.current_epoch}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(result, indent=1) + "\n")
+        with writing(trainer, self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, json.dumps(result, indent=1) + "\n")
 
 
 class Progress(RichProgressBar):

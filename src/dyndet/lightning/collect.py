@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from dyndet.lightning.detection import DetectionModule
+from dyndet.lightning.writing import writing
 from dyndet.metrics.validation import ImageFacts
 from dyndet.ops.distributed import gathered
 from dyndet.report.style import to_picture
@@ -73,7 +74,8 @@ class Collect(Callback):
             zip(outputs["detections"], batch.targets, sizes, ways, strict=True)
         ):
             if not target.path and self.folder is not None:
-                target = self._with_file(target, batch.images.pixels[index, :, :height, :width])
+                with writing(trainer, self.folder / "images"):
+                    target = self._with_file(target, batch.images.pixels[index, :, :height, :width])
             found = found if self.masks else replace(found, masks=None)
             self.facts.add(found, target, (height, width), pl_module.categories, hard)
 
@@ -87,7 +89,8 @@ class Collect(Callback):
         self.images = len(self.facts.images)
         if self.folder is not None:
             if trainer.is_global_zero:
-                self.facts.write(self.folder, pl_module.categories)
+                with writing(trainer, self.folder):
+                    self.facts.write(self.folder, pl_module.categories)
             self.facts = ImageFacts()  # of a large set they fill the memory
 
     def _with_file(self, target: Target, image: Tensor) -> Target:

@@ -91,6 +91,9 @@ class DetectionModule(LightningModule):
         self.validated_step = self.trainer.global_step
         # Both have gathered over all processes, so every process logs the same numbers.
         scores = {f"val/{name}": value for name, value in self.ap.compute().items()}
+        quarantine = getattr(getattr(self.trainer, "datamodule", None), "quarantine", None)
+        if quarantine is not None and quarantine.skips:
+            scores["data/skipped"] = float(len(quarantine.faults))  # files so far, of this process
         self.log_dict(scores | self.compute.compute().as_scalars())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from dyndet.cli.latest import LAST, step_of
+from dyndet.errors import WriteError
 from dyndet.lightning.best import BestCheckpoint
 from dyndet.lightning.detection import DetectionModule
+from dyndet.lightning.writing import lost
 
 
 def finish(trainer: Trainer, module: DetectionModule, data: LightningDataModule, folder: Path) -> None:
@@ -24,11 +26,12 @@ def finish(trainer: Trainer, module: DetectionModule, data: LightningDataModule,
         data: to validate on.
         folder: of the run.
     """
-    last = folder / "checkpoints" / "last.ckpt"
-    saved = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.is_file() else -1
+    last = folder / "checkpoints" / LAST
     # The main process decides for all: saving waits for everyone.
-    if trainer.strategy.broadcast(saved) != trainer.global_step:
+    if trainer.strategy.broadcast(step_of(last)) != trainer.global_step:
         trainer.save_checkpoint(last, weights_only=False)
+        if lost(trainer, last):
+            raise WriteError(f"{last} does not hold the final weights, which the disk did not take: see above")
     if module.validated_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
         for callback in trainer.checkpoint_callbacks:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ from torch.utils.data import DataLoader
 from dyndet.cli.out_of_memory import Work, explained
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.data.sampler import KeyedDataset, keyed_generator
+from dyndet.lightning.lesson_files import LessonFile, joined
 from dyndet.lightning.router_module import Lesson, learn
 from dyndet.models.detectors.dynamic import DynamicDetector
-from dyndet.structures import Category, Sample
+from dyndet.structures import Category
 
 CHUNK = 64
 """Batches that go into one file."""
@@ -28,7 +27,8 @@ def collect(
 ) -> Lesson:
     """Runs both detectors over the training set.
 
-    What is done is kept in `folder`, so that an interrupted pass goes on where it stopped and a finished one is read.
+    What is done is kept in `folder`, so that an interrupted pass goes on where it stopped and a finished one is read;
+    what is damaged there is done again.
     Processes that start together each do all of it; those that start later find it done.
 
     Args:
@@ -43,28 +43,23 @@ def collect(
     keys = [(epoch, index) for epoch in range(passes) for index in range(images)]
     batches = [keys[i : i + data.batch_size] for i in range(0, len(keys), data.batch_size)]
     chunks = [batches[i : i + CHUNK] for i in range(0, len(batches), CHUNK)]
-    files = [folder / f"{number:05d}.pt" for number in range(len(chunks))]
-    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    files = [LessonFile(folder, number) for number in range(len(chunks))]
+    lessons = {number: file.read(sum(map(len, chunks[number]))) for number, file in enumerate(files)}
+    missing = [number for number, lesson in lessons.items() if lesson is None]
     if missing:
         detector.to(device).eval()
         detector.preprocess.train()  # the canvas is that of training
         dataset = KeyedDataset(data.train, data.train_transform, data.seed, data.train_mix)
         wanted = [batch for number in missing for batch in chunks[number]]
-        loader = DataLoader(
-            dataset,
-            batch_sampler=wanted,  # type: ignore[arg-type]
-            collate_fn=data.collate,
-            num_workers=data.num_workers,
-            generator=keyed_generator(data.seed),
-        )
+        loader = data.loader(dataset, batch_sampler=wanted)
         work = Work("the pass over the training set,")
         arriving = work.of(track(loader, description="both detectors on every training image"))
         with explained(work, lambda: f"set data.batch_size={max(data.batch_size // 2, 1)}, or a smaller data.size"):
             for number in missing:
                 torch.manual_seed(data.seed + number)  # second stages draw samples
-                parts = [learn(detector, next(arriving).to(device)) for _ in chunks[number]]
-                _save(_joined(parts), files[number])
-    return _joined([Lesson(**torch.load(file, weights_only=True)) for file in files])
+                lesson = joined([learn(detector, next(arriving).to(device)) for _ in chunks[number]])
+                lessons[number] = files[number].write(lesson)
+    return joined([lesson for lesson in lessons.values() if lesson is not None])
 
 
 class Lessons:
@@ -90,22 +85,12 @@ class Lessons:
 class LessonDataModule(DetectionDataModule):
     """A data module whose training set are `Lessons`; everything else is as of `DetectionDataModule`."""
 
-    def _loader(self, dataset: KeyedDataset, **kwargs: Any) -> DataLoader[Sample]:
+    def loader(self, dataset: KeyedDataset, *, replace: bool = True, **kwargs: Any) -> DataLoader[Any]:
         if isinstance(dataset.dataset, Lessons):
-            return DataLoader(dataset, collate_fn=_batch, generator=keyed_generator(self.seed), **kwargs)
-        return super()._loader(dataset, **kwargs)
+            batches = kwargs["batch_sampler"]
+            return DataLoader(dataset, collate_fn=_batch, generator=keyed_generator(self.seed), batch_sampler=batches)
+        return super().loader(dataset, replace=replace, **kwargs)
 
 
 def _batch(lessons: Sequence[Lesson]) -> Lesson:
     return Lesson(torch.stack([item.pooled for item in lessons]), torch.stack([item.losses for item in lessons], 1))
-
-
-def _joined(parts: Sequence[Lesson]) -> Lesson:
-    return Lesson(torch.cat([part.pooled for part in parts]), torch.cat([part.losses for part in parts], 1))
-
-
-def _save(lesson: Lesson, file: Path) -> None:
-    """All or nothing: an interruption leaves no half file."""
-    part = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.part")
-    torch.save({"pooled": lesson.pooled.cpu(), "losses": lesson.losses.cpu()}, part)
-    part.replace(file)

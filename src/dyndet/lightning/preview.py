@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from dyndet.lightning.detection import DetectionModule
+from dyndet.lightning.writing import writing
 from dyndet.report.draw import DRAWN_FROM
 from dyndet.report.gate_maps import preview
 from dyndet.structures import Batch
@@ -72,8 +73,9 @@ class Preview(Callback):
             sheet.paste(strip, (0, top))
             top += strip.height
         self._strips = []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(self.folder / f"step_{trainer.global_step:06d}.png")
+        with writing(trainer, self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(self.folder / f"step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("preview", [sheet], step=trainer.global_step)

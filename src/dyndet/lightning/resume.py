@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from dyndet.errors import DivergedError
+from dyndet.errors import DivergedError, WriteError
 from dyndet.signals import Interrupted
 
 
@@ -240,7 +240,9 @@ class LastCheckpoint(ModelCheckpoint):
         """Saves where it is safe to: not what diverges, nor half a step, nor when other processes have stopped."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         exact = [callback for callback in callbacks if isinstance(callback, ExactResume)]
-        if isinstance(exception, DivergedError) or trainer.sanity_checking or not all(c.restorable for c in exact):
+        if isinstance(exception, DivergedError | WriteError) or trainer.sanity_checking:
+            return  # the last good checkpoint stays
+        if not all(callback.restorable for callback in exact):
             return
         stopped_together = trainer.world_size == 1 or isinstance(exception, Interrupted)
         if trainer.state.fn == TrainerFn.FITTING and stopped_together and _batches(trainer)["total"]["processed"]:

@@ -20,12 +20,15 @@ from dyndet.cli.compose import build
 from dyndet.data.datamodule import DetectionDataModule
 from dyndet.errors import UserError
 from dyndet.lightning.content_key import content_key
+from dyndet.lightning.lesson_files import about_kept
 from dyndet.lightning.lessons import LessonDataModule, Lessons, collect
 from dyndet.lightning.router_module import RouterModule
 from dyndet.models.detectors.dynamic import DynamicDetector
 from dyndet.models.dynamicdet.offset import make_offset
 
-_LOADING = ("num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint")
+_LOADING = (
+    "num_workers", "pin_memory", "group_by_aspect", "drop_last", "max_val", "hint", "on_error", "max_errors", "timeout",
+)  # fmt: skip
 
 
 def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterModule, DetectionDataModule]:
@@ -51,8 +54,7 @@ def router_parts(config: DictConfig, data: DetectionDataModule) -> tuple[RouterM
     if config.router.cached:
         device = _own_device(config.trainer.accelerator, config.trainer.devices)
         folder = Path(config.router.cache) / _fingerprint(config, data)
-        kept = "kept from an earlier pass" if any(folder.glob("*.pt")) else "new"
-        rank_zero_info(f"lessons: of {len(data.train)} training images, in {folder} ({kept})")
+        rank_zero_info(f"lessons: of {len(data.train)} training images, in {folder} ({about_kept(folder)})")
         lessons = collect(detector, data, passes=config.router.passes, device=device, folder=folder)
         data = _lesson_data(config, Lessons(lessons, data.categories))
     loss = config.router_loss
@@ -128,7 +130,9 @@ def _fingerprint(config: DictConfig, images: DetectionDataModule) -> str:
     data: Any = OmegaConf.to_container(config.data.module, resolve=True)
     data = {key: value for key, value in data.items() if not key.startswith("val") and key not in _LOADING}
     if isinstance(data.get("folder"), dict):  # which images train, their content says
-        data["folder"] = {key: value for key, value in data["folder"].items() if not key.startswith("val")}
+        data["folder"] = {
+            key: value for key, value in data["folder"].items() if not key.startswith("val") and key not in _LOADING
+        }
     detector: Any = OmegaConf.to_container(config.detector, resolve=True)
     detector = {key: value for key, value in detector.items() if key != "router"}
     digest = hashlib.blake2b(digest_size=8)

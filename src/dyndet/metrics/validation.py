@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from dyndet.disk import write_whole
 from dyndet.metrics.export import to_coco_json, truth_of
 from dyndet.structures import Category, Detections, Size, Target
 
@@ -82,7 +83,7 @@ class ImageFacts:
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in zip(FILES, (truth, self.detections, self.compute), strict=True):
-            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+            write_whole(folder / name, json.dumps(content))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dyndet.data.layouts.coco_layout import lacks, recognise_coco
 from dyndet.data.layouts.found import ALL, SPLIT_WORDS, Found, Wanted, listed
@@ -16,6 +16,7 @@ from dyndet.data.layouts.holdout import held_out
 from dyndet.data.layouts.tree import Tree
 from dyndet.data.layouts.voc_layout import recognise_voc
 from dyndet.data.layouts.yolo_layout import recognise_yolo
+from dyndet.data.quarantine import OnError
 from dyndet.data.records import FileDataset, Repairs
 from dyndet.data.user_paths import user_path
 from dyndet.errors import DataError, MissingDataError, UserError
@@ -44,6 +45,8 @@ class DataFolder:
         val_split: which split validates; "all" is every image of a folder with one split or none.
         val_share: of the training images, where there is no validation split.
         classes: names to keep, in label order (COCO and VOC); None keeps all.
+        on_error: "skip" leaves out images that cannot be used, or whose labels cannot.
+        tolerant: reads images whose last bytes are missing, too.
     """
 
     def __init__(
@@ -60,7 +63,10 @@ class DataFolder:
         val_split: str = "val",
         val_share: float = 0.2,
         classes: Sequence[str] | None = None,
+        on_error: OnError = "raise",
+        tolerant: bool = False,
     ) -> None:
+        self._options: dict[str, Any] = {"on_error": on_error, "tolerant": tolerant}
         self.format = format
         self.train_split = SPLIT_WORDS.get(train_split, train_split)
         self.val_split = SPLIT_WORDS.get(val_split, val_split)
@@ -128,7 +134,7 @@ class DataFolder:
                 f"{self.root or self._wanted.config} has no split {name!r}: it has {has}; set data.{part}_split to one "
                 "of them"
             )
-        dataset = self.found.splits[name](load_masks=load_masks, skip_empty=skip_empty)
+        dataset = self.found.splits[name](load_masks=load_masks, skip_empty=skip_empty, **self._options)
         self._files[part] = {record.path for record in dataset.records}
         self._tell_the_same()
         return dataset
@@ -164,11 +170,12 @@ class DataFolder:
     def _side(self, *, validates: bool, load_masks: bool, skip_empty: bool) -> FileDataset:
         """One side of the split that is made here; both come from one reading."""
         if self._pool is None or (load_masks and not self._pool.load_masks):
-            self._pool = self.found.splits[self.used("train")](load_masks=load_masks, skip_empty=False)
+            self._pool = self.found.splits[self.used("train")](load_masks=load_masks, skip_empty=False, **self._options)
             every = self._pool.records
             if self._wanted.classes is not None:  # which are kept does not change who validates
                 found = _RECOGNISERS[self.found.format](self._tree(), replace(self._wanted, classes=None))
-                every = every if found is None else found.splits[self.used("train")](skip_empty=False).records
+                reader = None if found is None else found.splits[self.used("train")]
+                every = every if reader is None else reader(skip_empty=False, **self._options).records
             classes = [record.labels[~record.crowd].tolist() for record in every]
             self._held = held_out([self._name(record.path) for record in every], classes, self.val_share)
         held = set(self._held)

@@ -117,7 +117,11 @@ def _listing(folder: Path, home: str, linked: set[str], below: list[Path]) -> Li
         name = entry.name
         if name[0] == "." or name == "__MACOSX":
             continue
-        if entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself
+            continue
+        if is_folder:
             if entry.is_symlink():
                 real = os.path.realpath(entry.path)
                 if f"{real}/".startswith(f"{home}/") or f"{home}/".startswith(f"{real}/") or real in linked:
@@ -125,7 +129,7 @@ def _listing(folder: Path, home: str, linked: set[str], below: list[Path]) -> Li
                 linked.add(real)
             below.append(folder / name)
             continue
-        if not entry.is_file() and not (entry.is_symlink() and not os.path.exists(entry.path)):  # noqa: PTH110
+        if not is_file and not (entry.is_symlink() and not os.path.exists(entry.path)):  # noqa: PTH110
             continue  # a device or a pipe, which would be read without end; a link to nothing shows when it is read
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - many names
         if suffix in SUFFIXES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dyndet.data.images import SUFFIXES
 from dyndet.data.layouts.found import ALL, Found, Wanted, by_split, listed, split_word
@@ -60,12 +61,10 @@ def _without_splits_of_its_own(folder: FoundFolder) -> None:
             folder.lists[ALL] = folder.lists.pop(name)
 
 
-def _read(
-    folder: FoundFolder, split: str, wanted: Wanted, *, load_masks: bool = False, skip_empty: bool = False
-) -> FileDataset:
+def _read(folder: FoundFolder, split: str, wanted: Wanted, *, load_masks: bool = False, **options: Any) -> FileDataset:
     if load_masks:
         raise UserError("VOC xml holds boxes, not masks: set data.masks=false")
-    return VocDataset(folder, split=split, classes=wanted.classes, skip_empty=skip_empty)
+    return VocDataset(folder, split=split, classes=wanted.classes, **options)
 
 
 class FoundFolder(VocFolder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dyndet.errors import UserError, reason
 from dyndet.models.backbones.deformable import DeformConv
+from dyndet.sealed import fault
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -25,6 +27,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path) and (found := fault(path)) is not None:
+            raise RuntimeError(found)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} is not a file of plain tensors: {reason(error)}") from error
