@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dyndet.lightning.going_on import align_data, continue_optimizer, forget_scores, parameter_names
 from dyndet.lightning.optim import warmup
+from dyndet.lightning.own_files import keep_own_files
 from dyndet.metrics.average_precision import CocoMetric
 from dyndet.metrics.compute import ComputeMeter
 from dyndet.metrics.static import StaticCosts, meter_batch
@@ -111,6 +112,7 @@ class DetectionModule(LightningModule):
         averaging = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
         if "current_model_state" in checkpoint and not averaging:  # the average is given up, not what was trained
             checkpoint["state_dict"] = checkpoint["current_model_state"]
+        keep_own_files(checkpoint, trainer)
         align_data(checkpoint, trainer)
         forget_scores(checkpoint, self)
 

@@ -19,6 +19,7 @@ from dyndet.cli.compose import build
 from dyndet.cli.latest import LAST, PREVIOUS
 from dyndet.disk import FAULTS, FULL, about_the_disk
 from dyndet.errors import UserError, WriteError
+from dyndet.lightning.own_files import is_checkpoint
 from dyndet.sealed import fault, read_sealed, write_sealed
 
 _LOGGING = ("log_hyperparams", "log_metrics", "save", "after_save_checkpoint", "finalize")
@@ -90,6 +91,13 @@ class CheckpointFiles(TorchCheckpointIO):
         if _elsewhere(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return read_sealed(path, key="ckpt_path")
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """A file, never a folder: the name may come from a checkpoint."""
+        if _elsewhere(path):
+            super().remove_checkpoint(path)
+        elif is_checkpoint(path):
+            Path(path).unlink(missing_ok=True)
 
 
 def write_checkpoint(content: dict[str, Any], file: Path) -> None:
