@@ -182,8 +182,8 @@ def _first(error: BaseException, outer: BaseException | None) -> BaseException:
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Makes a file the previous one: at every moment one of them is there."""
-    if not path.is_file():
+    """Makes a file the previous one, if it is whole: at every moment one of them is there."""
+    if not path.is_file() or fault(path) is not None:
         return
     link = part_of(previous)
     try:

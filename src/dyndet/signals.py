@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import active_children
@@ -101,9 +101,12 @@ def deferred(forward: Callable[[], None] | None = None) -> Iterator[None]:
     with listening():
         _RECEIVED.deferred += 1
         _RECEIVED.forward = forward
+        streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = map(_Lasting, streams)  # type: ignore[assignment]
         try:
             yield
         finally:
+            sys.stdout, sys.stderr = streams
             _RECEIVED.deferred -= 1
             _RECEIVED.forward = None
         if _RECEIVED.name is not None and not _RECEIVED.raised:
@@ -163,11 +166,11 @@ def _handle(number: int, frame: FrameType | None) -> None:
         os._exit(CODES[name])
     if not _RECEIVED.deferred:
         stop(name)
-    if not again:  # schedulers repeat theirs
-        _say(f"{name}: the step is finished and saved first{'; Ctrl-C again ends at once' * (name == 'SIGINT')}\n")
     forward, _RECEIVED.forward = _RECEIVED.forward, None
     if forward is not None:
         forward()
+    if not again:  # schedulers repeat theirs
+        _say(f"{name}: the step is finished and saved first{'; Ctrl-C again ends at once' * (name == 'SIGINT')}\n")
 
 
 def _raise_again(hook: Callable[[Any], object], unraisable: Any) -> None:
@@ -181,4 +184,33 @@ def _raise_again(hook: Callable[[Any], object], unraisable: Any) -> None:
 
 
 def _say(text: str) -> None:
-    os.write(2, f"\n{text}".encode())  # a stream may be in use where the signal came
+    with suppress(OSError):  # nobody reads it any more
+        os.write(2, f"\n{text}".encode())  # a stream may be in use where the signal came
+
+
+class _Lasting:
+    """A stream that outlives its reader: Ctrl-C ends the `tee` behind a pipe before the run has saved."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self._stream.flush()
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)

@@ -24,7 +24,7 @@ from dyndet.errors import MemoryShortageError, UserError
 from dyndet.lightning.detection import DetectionModule
 from dyndet.lightning.finish import closing, finish
 from dyndet.lightning.halving import Sizes, check_on_oom, halve, memory_explained
-from dyndet.lightning.interruption import Interruption, ending, leave_signals_alone, tell_processes
+from dyndet.lightning.interruption import Interruption, end_in_order, ending, tell_processes
 from dyndet.lightning.joint import JointModule
 from dyndet.lightning.step2 import router_parts
 from dyndet.lightning.stopping import keep_ends
@@ -97,10 +97,10 @@ def _train(config: DictConfig) -> dict[str, float]:
         [build(item) for item in (config.get(group) or {}).values() if item and "_target_" in item]
         for group in ("logger", "callbacks")
     )
-    callbacks = [sizes := Sizes(), *callbacks, Interruption(timeout=config.rank_timeout)]
+    callbacks = [sizes := Sizes(), *callbacks]
     plugins = with_checkpoint_files(config.trainer, policy)
     trainer: Trainer = build(config.trainer, logger=loggers, callbacks=callbacks, plugins=plugins)
-    leave_signals_alone(trainer)
+    end_in_order(trainer, Interruption(timeout=config.rank_timeout))
     for logger in loggers:
         keep_logging(logger, policy)
         logger.log_hyperparams(hyperparameters(config, named=config.logged_env))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -11,8 +12,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 from faults import interruptions, runs
 
+from dyndet.lightning.interruption import how_to_go_on
 from dyndet.signals import CODES, Interrupted, deferred, forget, listening, received, stop
 
 
@@ -137,3 +140,51 @@ def test_a_step_that_fails_is_rolled_back(tmp_path: Path) -> None:
     runs.run("fine-grained", tmp_path / "cut", f"ckpt_path={tmp_path}/cut/checkpoints/last.ckpt")
     runs.run("fine-grained", tmp_path / "whole")
     assert not runs.differences(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_reader_of_a_pipe_may_go_first(tmp_path: Path) -> None:
+    """Ctrl-C ends a `tee` behind it, too."""
+    reading, writing = os.pipe()
+
+    def act() -> None:
+        os.close(reading)
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        told: list[bool] = []
+        try:
+            with deferred(lambda: told.append(True)):
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(3):
+                    print("a step", flush=True)
+                    sys.stderr.write("more")
+                    sys.stderr.flush()
+                stop("SIGINT")
+        finally:
+            os._exit(0 if told else 1)
+
+    process = get_context("fork").Process(target=act)
+    process.start()
+    os.close(reading)
+    os.close(writing)
+    process.join(timeout=60)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("asked", ["ckpt_path=/backup/model.ckpt", "+experiment=shapes_dyn"])
+@pytest.mark.parametrize("saved", [None, 3, 7])
+def test_the_command_that_goes_on_names_what_is_there(
+    asked: str, saved: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 7 was reached; what lies there may be of another step, or nothing."""
+    monkeypatch.setattr(sys, "argv", ["train", asked])
+    last = tmp_path / "last.ckpt"
+    if saved is not None:
+        torch.save({"global_step": saved}, last)
+    text = how_to_go_on(last, 7)
+    resumed = "ckpt_path" in asked
+    if saved is None or (saved == 3 and resumed):
+        assert text.startswith("nothing was saved") and text.endswith(f"dyndet.train {asked}")
+    else:
+        assert text.startswith("saved" if saved == 7 else f"{last} is of step 3")
+        assert text.endswith(f"ckpt_path={last}") and (asked in text) != resumed

@@ -55,22 +55,33 @@ def read_checkpoint(path: str | Path, *, key: str = "ckpt", trust: bool = False)
     """
     content = _content(Path(path), key)
     extra = content["dyndet"]
+    stored, categories = _described(path, extra)
+    if isinstance(stored, dict) and isinstance(stored.get("backbone"), dict) and "weights" in stored["backbone"]:
+        stored["backbone"]["weights"] = "none"  # those of a file are in it
     try:
-        stored = extra["config"]
-        if _size(stored, {}) > _MOST_VALUES:
-            raise UserError(f"{path} holds a configuration of more than {_MOST_VALUES} values")
-        stored = _modernised(stored)
-        if isinstance(stored, dict) and isinstance(stored.get("backbone"), dict) and "weights" in stored["backbone"]:
-            stored["backbone"]["weights"] = "none"  # those of a file are in it
         config = DictConfig(stored)
-        categories = [Category(item["id"], item["name"]) for item in extra["categories"]]
-    except (OmegaConfBaseException, RecursionError, LookupError, TypeError) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"{path} holds a damaged configuration: {reason(error)}") from error
     if trust is not True:  # trust=no is a word, and true
         check_stored(config, source=path)
     prefix = "detector."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     return Checkpoint(config, categories, weights, extra.get("calibration"))
+
+
+def _described(path: str | Path, extra: Any) -> tuple[Any, list[Category]]:
+    """Configuration, with the names of today, and categories of a checkpoint.
+
+    Raises:
+        UserError: if it has none, or they are too many values, or none.
+    """
+    try:
+        stored = extra["config"]
+        if _size(stored, {}) > _MOST_VALUES:
+            raise UserError(f"{path} holds a configuration of more than {_MOST_VALUES} values")
+        return _modernised(stored), [Category(item["id"], item["name"]) for item in extra["categories"]]
+    except (RecursionError, LookupError, TypeError) as error:
+        raise UserError(f"{path} holds a damaged configuration: {reason(error)}") from error
 
 
 def take_weights(detector: nn.Module, weights: dict[str, Tensor], *, strict: bool = True) -> Any:
@@ -179,7 +190,8 @@ def check_resumable(path: str, module: nn.Module, categories: Sequence[Category]
     extra: dict[str, Any] = content["dyndet"]
     if "router_loss" in config and "offset" not in extra:
         raise UserError("ckpt_path is not a checkpoint of step 2; those of step 1 are given as init=...")
-    check_categories(path, [Category(item["id"], item["name"]) for item in extra["categories"]], categories)
+    stored, known = _described(path, extra)
+    check_categories(path, known, categories)
     saved: dict[str, Tensor] = content["state_dict"]
     expected = module.state_dict()
     odd = sorted(saved.keys() ^ expected.keys())
@@ -191,4 +203,4 @@ def check_resumable(path: str, module: nn.Module, categories: Sequence[Category]
             f"{odd[0]}. A run goes on with the command that started it"
             + (f"; init={path} takes what fits into a new one" if same else "")
         )
-    return check_changes(path, _modernised(extra["config"]), config) if extra.get("config") else ""
+    return check_changes(path, stored, config) if stored else ""

@@ -130,7 +130,9 @@ def _run(task: Callable[[DictConfig], object], config_name: str) -> None:
             if (text := answer(error)) is None:
                 raise
             if isinstance(error, LostProcessError):  # to close what is shared with it would wait for it
+                sys.stdout.flush()
                 print(f"error: {text}", file=sys.stderr, flush=True)
+                end_workers()
                 os._exit(2)
             return _fail(text)
 

@@ -62,10 +62,12 @@ class Loader(DataLoader[Any]):
         self.waiting = waiting
         self._plan = _Plan()
         self._inner: DataLoader[Any] | None = None
+        self._last: _Pass | None = None
 
     def __iter__(self) -> Any:
         # Here and now: a trainer may ask for the iterator before, and for its first batch after, the next epoch begins.
-        return _Pass(self, list(self.batch_sampler or []))
+        self._last = _Pass(self, list(self.batch_sampler or []))
+        return self._last
 
     def begin(self, batches: Sequence[Any]) -> tuple[Any, Callable[[], object]]:
         """Sets the processes to these batches; new ones where there are none.
@@ -74,6 +76,8 @@ class Loader(DataLoader[Any]):
             What gives the batches, and what is to be called before the first: it waits for processes that are there.
         """
         self._plan.batches = batches
+        if self._iterator is not None and self._last is not None and self._last.interrupted:
+            self.abandon(self._iterator)  # a thread still waits for a batch that nobody will take
         if self._iterator is not None and self._inner is not None:
             return self._iterator, partial(iter, self._inner)
         self._inner = DataLoader(
@@ -160,6 +164,11 @@ class _Pass:
             logger.warning("%s", told)
         return loaded.batch
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a batch was asked for and never taken."""
+        return self._pending is not None
+
     def _refuse_none(self) -> None:
         if self._batches and not self._given:
             faults = list(self._loader.quarantine.faults.values())
@@ -200,21 +209,24 @@ class _Pass:
             arguments = (self._source, self._prepare, self._pending)
             threading.Thread(target=_receive, args=arguments, daemon=True).start()
             self._prepare = _nothing
-        started = stopped = time.monotonic()
+        waited = stopped = 0.0  # not the clock's: a machine that sleeps stops this process and all others
+        looked = time.monotonic()
         while True:
             try:
                 loaded = self._pending.get(timeout=_LOOK)
                 break
             except queue.Empty:
                 now = time.monotonic()
+                passed, looked = min(now - looked, 2 * _LOOK), now
+                waited += passed
                 if told := self._dead():
                     raise _LostError(told) from None
                 halted = self._halted()
-                stopped = stopped if halted else now
-                if halted and now - stopped >= STOPPED:
+                stopped = stopped + passed if halted else 0.0
+                if stopped >= STOPPED:
                     raise _LostError(f"{halted} was stopped by a signal") from None
-                if now - started >= self._loader.patience:
-                    raise _LostError(self._hanging(now - started)) from None
+                if waited >= self._loader.patience:
+                    raise _LostError(self._hanging(waited)) from None
         self._pending = None
         if isinstance(loaded, Exception):
             for _ in range(20):  # a process that has just died is not known to be dead yet

@@ -165,7 +165,7 @@ class State:
 def random_state() -> dict[str, Any]:
     """Of torch's generators on the host and on this process's GPU."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not of a run on the CPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -199,7 +199,7 @@ def _restore(states: list[dict[str, Any]], rank: int) -> None:
         torch.manual_seed(int(torch.randint(2**62, (), generator=first)) + rank)
         return
     torch.set_rng_state(states[rank]["cpu"].cpu())
-    if "cuda" in states[rank] and torch.cuda.is_available():
+    if "cuda" in states[rank] and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states[rank]["cuda"].cpu())
 
 
