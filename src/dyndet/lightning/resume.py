@@ -240,7 +240,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Saves where it is safe to: not what diverges, nor half a step, nor when other processes have stopped."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         exact = [callback for callback in callbacks if isinstance(callback, ExactResume)]
-        if isinstance(exception, DivergedError | WriteError) or trainer.sanity_checking:
+        if isinstance(exception, DivergedError | WriteError) or trainer.sanity_checking or not self.save_on_exception:
             return  # the last good checkpoint stays
         if not all(callback.restorable for callback in exact):
             return
