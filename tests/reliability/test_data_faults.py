@@ -20,7 +20,7 @@ from faults import (
 from faults.row import Row
 
 SAMPLE = {
-    "R6.1": 26, "R6.2": 26, "R6.3": 6, "R6.4": 2, "R6.5": 24, "R7.1": 200, "R7.2": 100, "R7.3": 100, "R11.1": 2,
+    "R6.1": 26, "R6.2": 26, "R6.5": 24, "R7.1": 200, "R7.2": 100, "R7.3": 100, "R11.1": 2,
     "R11.2": 1, "R11.3": 1, "R16.1": 28, "R17.1": 4, "R18.1": 2,
 }  # fmt: skip
 ROWS = {row.id: row for module in (image_files, annotations, loader_processes, hostile_names, memory_bombs)
