@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,23 @@ def data(bad: set[int], **changes: Any) -> DetectionDataModule:
 
 def ids(loader: Any) -> list[int]:
     return [target.image_id for batch in loader for target in batch.targets]
+
+
+def test_a_loader_that_refused_frees_its_processes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to the collector of garbage, for which processes would wait 20 s."""
+    monkeypatch.setattr("dyndet.data.workers.cores_here", lambda: 8)
+    gc.disable()
+    try:
+        loader = data({3}, on_error="raise", num_workers=2).train_dataloader()
+        with suppress(DataError):
+            ids(loader)
+            pytest.fail("no image was refused")
+        kept = weakref.ref(loader)
+        del loader
+        assert kept() is None
+        assert not active_children()
+    finally:
+        gc.enable()
 
 
 def test_training_replaces_and_evaluation_leaves_out(tmp_path: Path) -> None:

@@ -156,6 +156,14 @@ def test_how_many_an_object_takes(overlaps: tuple[float, ...], topk: int, number
     assert (chosen == 0).sum() == number and (chosen >= 0).tolist() == [n < number for n in range(len(overlaps))]
 
 
+def test_a_prediction_that_is_proposed_twice_has_one_cost() -> None:
+    """Vectorised code may decode the same numbers to boxes that differ in their last digit."""
+    boxes, logits = strips(0.3, 0.30001, 0.30002), GUESS.expand(3, -1)
+    assert choose(logits, boxes, WHOLE, FIRST, 10).tolist() == [-1, -1, 0]
+    assert choose(logits, boxes, WHOLE, FIRST, 10, torch.tensor([0, 0, 2])).tolist() == [-1, -1, 0]
+    assert choose(logits, boxes, WHOLE, FIRST, 10, torch.tensor([0, 0, 0])).tolist() == [0, -1, -1]
+
+
 def test_class_objectness_and_overlap_make_the_cost() -> None:
     boxes = strips(0.5, 0.5, 0.5)
     wrong, unsure = SURE[[0, 2, 1]], torch.tensor([-2.0, 6.0, -6.0])

@@ -95,7 +95,7 @@ def stepping(watch: DivergenceWatch, *parameters: torch.nn.Parameter, scaler: ob
     module.device = torch.device("cpu")
     trainer: Any = SimpleNamespace(
         precision_plugin=SimpleNamespace(scaler=scaler), world_size=1, global_step=7, accumulate_grad_batches=1,
-        callback_metrics={}, is_global_zero=True,
+        callback_metrics={}, is_global_zero=True, callbacks=[],
     )  # fmt: skip
     optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
 
@@ -159,7 +159,7 @@ def test_images_are_named_by_id_and_file() -> None:
         return Target(torch.ones(1, 4), torch.zeros(1).long(), torch.zeros(1).bool(), image_id=number, path=path)
 
     images = ImageBatch.of(torch.zeros(2, 3, 4, 4))
-    seen = Seen(Batch(images, [target(7, "a.jpg"), target(9, "")]))
+    seen = Seen(Batch(images, [target(7, "a.jpg"), target(9, "")]), {})
     seen.loss = torch.tensor(float("nan"))
     asked: Any = _Asked(
         3, [seen], None, torch.tensor(True), {"cls": torch.tensor(1.0), "box": torch.tensor(float("inf"))}

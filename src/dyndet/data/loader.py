@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,15 @@ class Loader(DataLoader[Any]):
         self.waiting = waiting
         self._plan = _Plan()
         self._inner: DataLoader[Any] | None = None
-        self._last: _Pass | None = None
+        # Not the last pass itself, which knows its loader: a collector of garbage, which frees such circles, would end
+        # the queues of processes before it tells these to end.
+        self._last: _Asked | None = None
 
     def __iter__(self) -> Any:
         # Here and now: a trainer may ask for the iterator before, and for its first batch after, the next epoch begins.
-        self._last = _Pass(self, list(self.batch_sampler or []))
-        return self._last
+        begun = _Pass(self, list(self.batch_sampler or []))
+        self._last = begun.asked
+        return begun
 
     def begin(self, batches: Sequence[Any]) -> tuple[Any, Callable[[], object]]:
         """Sets the processes to these batches; new ones where there are none.
@@ -76,7 +80,7 @@ class Loader(DataLoader[Any]):
             What gives the batches, and what is to be called before the first: it waits for processes that are there.
         """
         self._plan.batches = batches
-        if self._iterator is not None and self._last is not None and self._last.interrupted:
+        if self._iterator is not None and self._last is not None and self._last.batch is not None:
             self.abandon(self._iterator)  # a thread still waits for a batch that nobody will take
         if self._iterator is not None and self._inner is not None:
             return self._iterator, partial(iter, self._inner)
@@ -127,8 +131,23 @@ class _LostError(Exception):
     """A loader process that is of no use any more."""
 
 
+@dataclass
+class _Asked:
+    """What is asked of loader processes.
+
+    Attributes:
+        batch: comes here; None when no thread waits for one.
+    """
+
+    batch: queue.SimpleQueue[Any] | None = None
+
+
 class _Pass:
-    """One pass over the batches of a loader."""
+    """One pass over the batches of a loader.
+
+    Attributes:
+        asked: of its processes; still so after a pass that was interrupted.
+    """
 
     def __init__(self, loader: Loader, batches: Sequence[Any]) -> None:
         self._loader = loader
@@ -137,7 +156,7 @@ class _Pass:
         self._given = 0
         self._lost: str | None = None
         self._source, self._prepare = loader.begin(batches)
-        self._pending: queue.SimpleQueue[Any] | None = None
+        self.asked = _Asked()
 
     def __iter__(self) -> _Pass:
         return self
@@ -156,18 +175,17 @@ class _Pass:
             self._done += 1
             self._loader.quarantine.add(loaded.faults)
             if loaded.error is not None:
-                raise loaded.error
+                error, loaded = loaded.error, None
+                try:
+                    raise error
+                finally:
+                    del error  # else its traceback and this frame keep each other, and with them the processes
             if loaded.batch is not None:
                 break  # an empty one is that of an evaluation whose images were all left out
         self._given += 1
         if waiting is not None and (told := waiting.waited(started, time.monotonic())):
             logger.warning("%s", told)
         return loaded.batch
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a batch was asked for and never taken."""
-        return self._pending is not None
 
     def _refuse_none(self) -> None:
         if self._batches and not self._given:
@@ -186,7 +204,7 @@ class _Pass:
             return self._await()
         except _LostError as lost:
             self._loader.abandon(self._source)
-            self._pending = None
+            self.asked.batch = None
             if self._lost is not None:
                 raise DataError(
                     f"{lost}; before, {self._lost}: look at the file, and at the memory of this machine "
@@ -204,16 +222,17 @@ class _Pass:
         """The next batch of the processes, which a thread receives: a pipe that one of them has left half filled would
         never be waited for in vain otherwise.
         """
-        if self._pending is None:  # else it was interrupted
-            self._pending = queue.SimpleQueue()
-            arguments = (self._source, self._prepare, self._pending)
+        box = self.asked.batch
+        if box is None:  # else it was interrupted
+            box = self.asked.batch = queue.SimpleQueue()
+            arguments = (self._source, self._prepare, box)
             threading.Thread(target=_receive, args=arguments, daemon=True).start()
             self._prepare = _nothing
         waited = stopped = 0.0  # not the clock's: a machine that sleeps stops this process and all others
         looked = time.monotonic()
         while True:
             try:
-                loaded = self._pending.get(timeout=_LOOK)
+                loaded = box.get(timeout=_LOOK)
                 break
             except queue.Empty:
                 now = time.monotonic()
@@ -227,7 +246,7 @@ class _Pass:
                     raise _LostError(f"{halted} was stopped by a signal") from None
                 if waited >= self._loader.patience:
                     raise _LostError(self._hanging(waited)) from None
-        self._pending = None
+        self.asked.batch = None
         if isinstance(loaded, Exception):
             for _ in range(20):  # a process that has just died is not known to be dead yet
                 if told := self._dead():

@@ -19,7 +19,7 @@ from dyndet.errors import DivergedError, UserError
 from dyndet.lightning.dump import Seen, dump_step
 from dyndet.lightning.interruption import near
 from dyndet.lightning.nonfinite import any_lost, first_lost, saved_values
-from dyndet.lightning.resume import State
+from dyndet.lightning.resume import State, state_of_step
 
 _ADVICE = "Start again, or go on from the last good checkpoint, with a lower optim.optimizer.lr or a longer warm-up"
 _OVERFLOWS = 30
@@ -83,9 +83,10 @@ class DivergenceWatch(Callback):
         self._window, self._waiting, self._stopped = [], deque(), None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        state = state_of_step(trainer, pl_module)
         if batch_idx % trainer.accumulate_grad_batches == 0 or self._before is None:
-            self._window, self._before = [], State(pl_module)
-        self._window.append(Seen(batch))
+            self._window, self._before = [], state
+        self._window.append(Seen(batch, state.random))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._window[-1].loss = loss.detach()

@@ -16,7 +16,6 @@ from torch import Tensor
 from dyndet.checkpoints.read import Checkpoint, read_checkpoint
 from dyndet.errors import UserError
 from dyndet.lightning.nonfinite import first_lost
-from dyndet.lightning.resume import random_state
 from dyndet.lightning.router_module import Lesson
 from dyndet.structures import Batch, ImageBatch, Target
 
@@ -31,15 +30,15 @@ class Seen:
 
     Args:
         batch: of images, or of lessons.
+        random: state of the random generators before it.
 
     Attributes:
-        random: state of the random generators before it.
         loss: of the batch, when it is known.
     """
 
-    def __init__(self, batch: Any) -> None:
+    def __init__(self, batch: Any, random: dict[str, Any]) -> None:
         self.batch = batch
-        self.random = random_state()
+        self.random = random
         self.loss: Tensor | None = None
 
     def lost(self) -> bool:
@@ -166,9 +165,8 @@ def _on_cpu(values: dict[str, Any]) -> dict[str, Any]:
 
 def _seen(item: dict[str, Any]) -> Seen:
     if "pooled" in item:
-        seen = Seen(Lesson(item["pooled"], item["losses"]))
+        batch: Any = Lesson(item["pooled"], item["losses"])
     else:
         targets = [Target(**{**target, "original_size": tuple(target["original_size"])}) for target in item["targets"]]
-        seen = Seen(Batch(ImageBatch(**item["images"]), targets))
-    seen.random = item["random"]
-    return seen
+        batch = Batch(ImageBatch(**item["images"]), targets)
+    return Seen(batch, item["random"])

@@ -51,6 +51,11 @@ class ExactResume(Callback):
         """Whether a checkpoint written now would be of whole steps."""
         return not self._updating
 
+    @property
+    def before(self) -> State | None:
+        """What a step or a validation that is under way began with; None between them."""
+        return self._before
+
     def state_dict(self) -> dict[str, Any]:
         return random_state() if self._before is None else dict(self._before.random)
 
@@ -160,6 +165,13 @@ class State:
         with torch.no_grad():
             for buffer, copy in zip(self._buffers, self._copies, strict=True):
                 buffer.copy_(copy if where is None else torch.where(where, copy, buffer))
+
+
+def state_of_step(trainer: Trainer, module: LightningModule) -> State:
+    """The state at the start of a step that begins: what `ExactResume` keeps, its own where there is none."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    kept = (callback.before for callback in callbacks if isinstance(callback, ExactResume))
+    return next((state for state in kept if state is not None), None) or State(module)
 
 
 def random_state() -> dict[str, Any]:

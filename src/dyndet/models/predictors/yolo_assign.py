@@ -125,17 +125,36 @@ def cheapest(
         topk: see `choose`.
     """
     image = torch.cat([level.image for level in proposed])
+    same = _first_alike(proposed)
     every_logit, every_box = torch.cat(list(logits)).float(), torch.cat(list(boxes)).float()
     owner = torch.full_like(image, -1)
     for index in objects.image.unique().tolist():
         here, mine = (image == index).nonzero()[:, 0], (objects.image == index).nonzero()[:, 0]
-        chosen = choose(every_logit[here], every_box[here], objects.boxes[mine], objects.labels[mine], topk)
+        first = torch.searchsorted(here, same[here])
+        chosen = choose(every_logit[here], every_box[here], objects.boxes[mine], objects.labels[mine], topk, first)
         owner[here] = torch.where(chosen >= 0, mine[chosen], -1)
     parts = owner.split([len(level.image) for level in proposed])
     return [level.kept(part >= 0, part) for level, part in zip(proposed, parts, strict=True)]
 
 
-def choose(logits: Tensor, boxes: Tensor, wanted: Tensor, labels: Tensor, topk: int) -> Tensor:
+def _first_alike(proposed: Sequence[Matches]) -> Tensor:
+    """(M,) index of the first candidate of the same prediction."""
+    key = torch.cat(
+        [
+            (((level.image * len(proposed) + number) * 64 + level.anchor) * 2**20 + level.row) * 2**20 + level.column
+            for number, level in enumerate(proposed)
+        ]
+    )
+    key, order = key.sort(stable=True)
+    begins = torch.cat([torch.ones_like(key[:1], dtype=torch.bool), key[1:] != key[:-1]])
+    place = torch.arange(len(key), device=key.device)
+    first = order[torch.where(begins, place, 0).cummax(0).values]
+    return torch.empty_like(order).scatter(0, order, first)
+
+
+def choose(
+    logits: Tensor, boxes: Tensor, wanted: Tensor, labels: Tensor, topk: int, first: Tensor | None = None
+) -> Tensor:
     """Objects of one image take the candidates that fit them best already.
 
     A candidate costs an object BCE(sqrt(objectness * class), one-hot) summed over classes - 3 log(IoU + 1e-8). An
@@ -148,6 +167,7 @@ def choose(logits: Tensor, boxes: Tensor, wanted: Tensor, labels: Tensor, topk: 
         wanted: (G, 4) boxes of the objects.
         labels: (G,) of the objects.
         topk: see above.
+        first: (M,) int64, the first candidate of the same prediction; None where all are of different ones.
 
     Returns:
         (M,) int64 index of the object, -1 for none.
@@ -161,6 +181,8 @@ def choose(logits: Tensor, boxes: Tensor, wanted: Tensor, labels: Tensor, topk: 
     absent = -torch.log1p(-score)
     cls = absent.sum(1) + (-score.log() - absent)[:, labels].T
     cost = cls - 3 * (iou + 1e-8).log()
+    if first is not None:  # decoded twice, it may be rounded in two ways
+        cost, iou = cost[:, first], iou[:, first]
     count = iou.topk(min(topk, number), 1)[0].sum(1).long().clamp(min=1)
     among = torch.arange(number, device=cost.device) < count[:, None]
     takes = torch.zeros_like(among).scatter(1, cost.argsort(dim=1, stable=True), among)
