@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "tensorboard", "build"]
+TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "tensorboard", "build", "zensical"]
 
 
 def main(arguments: Sequence[str]) -> int:

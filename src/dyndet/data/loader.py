@@ -307,8 +307,10 @@ def _own_sigchld() -> Iterator[None]:
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler: Any = signal.getsignal(signal.SIGCHLD)
+    if handler is None or getattr(handler, "__module__", "").startswith("torch."):  # of a loader before
+        handler = signal.SIG_DFL
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, handler)

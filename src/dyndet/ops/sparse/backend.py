@@ -108,7 +108,7 @@ def crossover(channels: int, dtype: torch.dtype, device: torch.device) -> float:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The type in which autocast would multiply `x`; its own where there is none."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which knows no autocast
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
