@@ -153,10 +153,12 @@ def _tag(pen: ImageDraw.ImageDraw, box: Box, text: str, color: Color, taken: lis
     rows = [top - height, top, bottom, bottom - height, *range(top + height, bottom - 2 * height, height)]
     corners = [(x, y) for x in inside for y in rows]
     corners += [(x, top + step * height) for step in range(-3, 4) for x in (right + 1, left - width - 1, *inside)]
+    near = sorted((other for other in taken if abs(other[1] - top) < 8 * height), key=lambda other: abs(other[1] - top))
+    corners += [(x, y) for other in near for y in (other[3], other[1] - height) for x in inside]  # flush with another
     limits = (picture_width - width, picture_height - height)
     places = [(x, y, x + width, y + height) for x, y in corners if 0 <= x <= limits[0] and 0 <= y <= limits[1]]
-    free = [place for place in places if not any(_overlap(place, other) for other in taken)]
-    place = (free or places or [(inside[0], 0, inside[0] + width, height)])[0]
+    free = (place for place in places if not any(_overlap(place, other) for other in taken))
+    place = next(free, None) or (*places, (inside[0], 0, inside[0] + width, height))[0]
     taken.append(place)
     pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
     middle = (place[0] + size // 4, place[1] + height / 2)
