@@ -56,6 +56,7 @@ def ids(loader: Any) -> list[int]:
 def test_a_loader_that_refused_frees_its_processes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left to the collector of garbage, for which processes would wait 20 s."""
     monkeypatch.setattr("dyndet.data.workers.cores_here", lambda: 8)
+    others = set(active_children())  # of tests before
     gc.disable()
     try:
         loader = data({3}, on_error="raise", num_workers=2).train_dataloader()
@@ -65,7 +66,7 @@ def test_a_loader_that_refused_frees_its_processes_at_once(monkeypatch: pytest.M
         kept = weakref.ref(loader)
         del loader
         assert kept() is None
-        assert not active_children()
+        assert set(active_children()) <= others
     finally:
         gc.enable()
 

@@ -196,6 +196,13 @@ def test_every_job_of_a_sweep_trains_on_its_own_processes(tmp_path: Path) -> Non
     cheap, dear, same = (result["macs/head_soft_ratio"] for result in results)
     assert dear == pytest.approx(same, abs=1e-6)
     assert cheap != pytest.approx(same, abs=1e-6)
+    # What they validated in training is what they measure afterwards.
+    again = command(tmp_path, "evaluate", f"ckpt={run}/checkpoints/last.ckpt", "trainer.accelerator=cpu", *two[:2])
+    assert again.returncode == 0, again.stderr
+    (folder,) = (tmp_path / "outputs" / "evaluate").iterdir()
+    measured = json.loads((folder / "result.json").read_text())
+    for key in ("val/AP", "val/AP50", "val/AR100", "macs/head_ratio", "macs/total_mean", "macs/head_used_min"):
+        assert measured[key] == pytest.approx(results[2][key], abs=1e-6), key
 
 
 @pytest.mark.slow
